@@ -1,0 +1,43 @@
+"""Assay says how much a classifier can take: it attacks from above, proves from below, and shows where the truth lies.
+
+Nothing heavy is imported before it is used: ``import assay`` alone loads neither torch nor any framework.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AssayError": "assay.core.errors",
+    "Box": "assay.threats",
+    "ContradictionError": "assay.core.errors",
+    "DataError": "assay.core.errors",
+    "Evaluation": "assay.evaluation",
+    "Finding": "assay.evaluation",
+    "MissingExtraError": "assay.core.errors",
+    "Model": "assay.models",
+    "ModelError": "assay.core.errors",
+    "NonFiniteError": "assay.core.errors",
+    "RunError": "assay.core.errors",
+    "Threat": "assay.threats",
+    "ThreatError": "assay.core.errors",
+    "evaluate": "assay.evaluation",
+    "load_data": "assay.data",
+    "load_model": "assay.models.loaders",
+}
+_MODULES = ("attacks",)
+
+__all__ = ["__version__", "attacks", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"assay.{name}")
+    raise AttributeError(f"module 'assay' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

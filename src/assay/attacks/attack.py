@@ -1,0 +1,174 @@
+"""What attacks and combinations of attacks have in common: one call, one result, one verification."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from assay.core.errors import DataError, ThreatError
+from assay.core.random import Draws
+from assay.core.types import Inputs, Labels, Mask, PerSample, choose, per_sample
+from assay.models.door import Door
+from assay.models.model import Model
+from assay.threats.norms import TINY
+from assay.threats.problem import Problem, exact_size
+from assay.threats.threat import Threat
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an attack claims. ``by`` says which part of a combination made the claim (-1: none)."""
+
+    x: Inputs  # the best allowed point; the clean input where there is none
+    success: Mask
+    by: Labels
+
+    @classmethod
+    def nothing(cls, p: Problem) -> "Outcome":
+        none = torch.zeros_like(p.rows, dtype=torch.bool)
+        return cls(p.x0, none, torch.full_like(p.rows, -1))
+
+    def updated(self, rows: Tensor, other: "Outcome", by: int) -> "Outcome":
+        """Return this outcome with the rows of ``other`` put in; its successes are credited to part ``by``."""
+        credit = torch.where(other.success, by, self.by[rows])
+        return Outcome(
+            self.x.index_copy(0, rows, other.x),
+            self.success.index_copy(0, rows, other.success),
+            self.by.index_copy(0, rows, credit),
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an attack found, verified.
+
+    ``x`` (b, *f) is the adversarial input where ``success`` (b,), elsewhere the strongest allowed point that was tried;
+    ``size`` (b,) the norm of the perturbation in units of the box, inf without success;
+    ``forwards`` and ``backwards`` (b,) int64 the passes spent on each sample, verification included.
+    """
+
+    x: Inputs
+    success: Mask
+    size: PerSample
+    forwards: Labels
+    backwards: Labels
+
+
+class Runnable(ABC):
+    """An attack, or a combination of attacks: hyper-parameters and one call."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        """Attack the samples of ``p``; with ``full``, go on with a sample after it has fallen."""
+
+    @final
+    def __call__(
+        self,
+        model: Model | nn.Module | Callable[[Tensor], Tensor],
+        x: Inputs,
+        y: Labels,
+        threat: Threat,
+        seed: int = 0,
+        *,
+        full: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Result:
+        """Attack inputs x (b, *f), inside the box, with labels y (b,), the wanted ones when the threat is targeted.
+
+        Every success is verified: a fresh forward pass, and box and ball measured again in float64.
+
+        Args:
+            model: an :class:`assay.Model`, or a network that takes inputs in [0, 1].
+            x, y: the samples.
+            threat: what is allowed.
+            seed: of the random numbers; those of a sample depend on its position in x, and on nothing else.
+            full: take all steps, also after a sample has fallen, and return the strongest point instead of the first.
+            device: where to run; None for where the model's parameters are.
+
+        Raises:
+            DataError: labels or inputs that do not fit, inputs outside the box.
+            ThreatError: an eps that does not fit the box, or that this attack needs and does not get.
+            ModelError: what the model returns are not finite logits (b, c).
+        """
+        model = model if isinstance(model, Model) else Model(model)
+        threat = threat.within(model.domain, x[0].numel() if len(x) else 1)
+        _check(x, y, threat)
+        with model.frozen(device) as live:
+            place, x0 = x.device, x.detach().to(live.device).contiguous()
+            door, indices = Door(live, len(x)), torch.arange(len(x), device=live.device)
+            p = Problem.pose(x0, y.to(live.device).long(), threat, Draws.of(seed, indices))
+            out = self.run(door, p, full=full)
+            found, points, size = verify(door, p, out)
+            size = torch.where(found, size, torch.inf).to(x0.dtype)
+            return Result(*(v.to(place) for v in (points, found, size, door.forwards, door.backwards)))
+
+
+def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSample]:
+    """Check the claims of an outcome: return which hold (b,), the points (b, *f) and their exact sizes (b,).
+
+    A point that rounding carried out of the ball is first drawn back in. A claim holds when the stored point is inside
+    box and ball, measured in float64, and a fresh pass of the model, alone with the other claims, meets the goal.
+    """
+    claimed = out.success.nonzero()[:, 0]
+    size = exact_size(p.norm, out.x, p.x0)
+    if not len(claimed):
+        return out.success, out.x, size
+    q = p.take(claimed)
+    x = _draw_in(q, out.x[claimed])
+    inside = ((x >= q.box.lo) & (x <= q.box.hi)).flatten(1).all(1)
+    exact = exact_size(q.norm, x, q.x0)
+    holds = inside & (exact <= q.radius.double()) & door.decide(x, q).success
+    points = out.x.index_copy(0, claimed, x)
+    return out.success.index_copy(0, claimed, holds), points, size.index_copy(0, claimed, exact)
+
+
+def _draw_in(p: Problem, x: Inputs) -> Inputs:
+    """Shrink perturbations of round norms that exceed the radius by a rounding error."""
+    excess = exact_size(p.norm, x, p.x0) / p.radius.double().clamp_min(TINY)
+    if p.norm.is_box or p.norm.name == "l0":
+        return x
+    small = (excess > 1) & (excess < 1 + 1e-4)
+    shrunk = (p.x0 + (x - p.x0) * per_sample((1 - 2e-6) / excess, x).to(x.dtype)).clamp(p.lower, p.upper)
+    return choose(small, shrunk, x)
+
+
+def _check(x: Inputs, y: Labels, threat: Threat) -> None:
+    if not len(x) or len(x) != len(y) or y.ndim != 1:
+        raise DataError(
+            "inputs (b, *f) and as many labels (b,), b >= 1", f"{tuple(x.shape)} and {tuple(y.shape)}",
+            "Pass class indices, one a sample.", code="empty-data" if not len(x) else None,
+        )  # fmt: skip
+    if not x.is_floating_point():
+        raise DataError("floating-point inputs", f"{x.dtype}", "Convert: x = x.float() / 255 for 8-bit images.")
+    if y.is_floating_point():
+        raise DataError("integer labels", f"{y.dtype}", "Pass class indices, not one-hot rows or scores.")
+    box = threat.box
+    assert box is not None
+    outside = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
+    if outside.any():
+        raise DataError(
+            f"inputs inside the box [{box.lo:g}, {box.hi:g}]",
+            f"values from {float(x.min()):g} to {float(x.max()):g}, "
+            f"{int(outside.sum())} of {len(x)} samples outside (first: {int(outside.nonzero()[0])})",
+            "If they are normalised, pass them as they were before and give mean and std to assay.Model; "
+            "if they are 0..255, divide by 255 or set the model's box.",
+            code="input-outside-box",
+        )
+
+
+def needs_eps(p: Problem, what: str) -> None:
+    """Refuse a problem without a radius, for attacks that fill a given ball."""
+    if p.minimal:
+        raise ThreatError(
+            f"an eps for {what}, which searches a ball of given size", f"{p.norm.name} without eps",
+            "Write for example linf:8/255, or use a minimal-norm attack.",
+        )  # fmt: skip
+
+

@@ -1,0 +1,80 @@
+"""Attacks made of attacks. A combination has the call of an attack, so combinations nest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from assay.attacks.attack import Outcome, Runnable
+from assay.core.types import Labels
+from assay.models.door import Door
+from assay.threats.problem import Problem
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cascade(Runnable):
+    """Runs each attack on the samples that every earlier one left standing.
+
+    The published ensemble is a value: ``Cascade((APGD(), Targets(APGD(loss=dlr), 9), ...))``
+    (Croce & Hein 2020, arXiv:2003.01690, sec. 6).
+    """
+
+    attacks: tuple[Runnable, ...]
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        out = Outcome.nothing(p)
+        for i, attack in enumerate(self.attacks):
+            out = attack_rest(attack, door, p, out, i, full=full)
+        return out
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Restarts(Runnable):
+    """Runs an attack up to ``count`` times with fresh random numbers, each time on what is still standing."""
+
+    attack: Runnable
+    count: int = 5
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        out = Outcome.nothing(p)
+        for i in range(self.count):
+            out = attack_rest(self.attack, door, p, out, i, full=full)
+        return out
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Targets(Runnable):
+    """Runs an attack toward each of the ``count`` classes that are nearest by clean logit, on what is still standing.
+
+    Success is to leave the label, by way of whichever class. Under a targeted threat the target is given, and the
+    attack runs once.
+    """
+
+    attack: Runnable
+    count: int = 9
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        if p.goal.label is None:
+            return self.attack.run(door, p, full=full)
+        out = Outcome.nothing(p)
+        for i, target in enumerate(self._ranked(door, p, p.goal.label)):
+            out = attack_rest(self.attack, door, p.toward(target), out, i, full=full)
+        return out
+
+    def _ranked(self, door: Door, p: Problem, label: Labels) -> Iterator[Labels]:
+        z = p.clean_logits if p.clean_logits is not None else door.logits(p.x0, p.rows)
+        order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+        return iter(order[:, : min(self.count, z.shape[1] - 1)].T)
+
+
+def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: int, *, full: bool = False) -> Outcome:
+    """Run part ``number`` of a combination on the samples that have not fallen yet; return the joint outcome."""
+    rows = (~out.success).nonzero()[:, 0]
+    if not len(rows):
+        return out
+    # A later part's failure must not replace the point that an earlier one left: both failed, so either will do.
+    return out.updated(rows, attack.run(door, p.take(rows).stage(number), full=full), by=number)

@@ -1,0 +1,64 @@
+"""Losses: what attacks ascend, from logits (b, c) and the goal to (b,). All are defined for c >= 2.
+
+With a label only, a loss grows as the label is left; with a target, as the target is reached. Where there is a target
+and no label (a targeted threat), the class to beat is the strongest other one.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from assay.core.registry import Registry
+from assay.core.types import Labels, Logits, PerSample
+from assay.models.door import Loss
+from assay.threats.norms import TINY
+from assay.threats.problem import Goal
+
+LOSSES: Registry[Loss] = Registry("loss")
+
+
+@LOSSES.register("ce")
+def cross_entropy(logits: Logits, goal: Goal) -> PerSample:
+    """Cross-entropy to the label; with a target, minus that to the target."""
+    if goal.target is not None:
+        return -F.cross_entropy(logits, goal.target, reduction="none")
+    assert goal.label is not None
+    return F.cross_entropy(logits, goal.label, reduction="none")
+
+
+@LOSSES.register("margin")
+def margin(logits: Logits, goal: Goal) -> PerSample:
+    """Rival's logit minus the label's: positive exactly when the goal is met (Carlini & Wagner 2017, f6).
+
+    The rival is the target, or the strongest other class; against a targeted threat the target's logit minus
+    the strongest other.
+    """
+    if goal.label is None:
+        assert goal.target is not None
+        return pick(logits, goal.target) - strongest_but(logits, goal.target)
+    rival = strongest_but(logits, goal.label) if goal.target is None else pick(logits, goal.target)
+    return rival - pick(logits, goal.label)
+
+
+@LOSSES.register("dlr")
+def dlr(logits: Logits, goal: Goal) -> PerSample:
+    """Difference of logits ratio: the margin over a gap among the largest logits, free of their scale.
+
+    The gap is z(1) - z(3), and with a target z(1) - (z(3) + z(4)) / 2 (Croce & Hein 2020, arXiv:2003.01690,
+    eqs. 6 and 7). Reduced for few classes: a target among 3 classes uses z(1) - z(3); 2 classes have no third logit,
+    and the plain margin is left.
+    """
+    top = logits.topk(min(4, logits.shape[1]), 1).values
+    if top.shape[1] == 2:
+        return margin(logits, goal)
+    low = top[:, 2] if goal.target is None else top[:, 2:].mean(1)
+    return margin(logits, goal) / (top[:, 0] - low).clamp_min(TINY)
+
+
+def pick(logits: Logits, classes: Labels) -> PerSample:
+    """Return the logit of one class a sample."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def strongest_but(logits: Logits, classes: Labels) -> PerSample:
+    """Return the largest logit of all classes but one."""
+    return logits.scatter(1, classes[:, None], -torch.inf).amax(1)

@@ -1,0 +1,33 @@
+"""The table of attacks: found by name or by what they need, built from text, written as JSON."""
+
+from typing import Any
+
+from assay.attacks.attack import Runnable
+from assay.attacks.losses import LOSSES
+from assay.core.registry import Registry, build, describe
+
+ATTACKS: Registry[type[Runnable]] = Registry("attack")
+"""Traits: ``norm`` (a tuple), ``access`` (gradient, score, decision), ``kind`` (budget, minimal)."""
+
+
+def names(norm: str | None = None, access: str | None = None, kind: str | None = None) -> tuple[str, ...]:
+    """Return the names of the attacks for a norm, an access and a kind; None stands for all."""
+    return ATTACKS.names(norm=norm, access=access, kind=kind)
+
+
+def get(name: str, **params: Any) -> Runnable:
+    """Return the attack of that name; parameters may be given as text.
+
+    Raises:
+        UnknownNameError: no such attack, no such parameter, or text that the parameter does not take.
+    """
+    return build(ATTACKS[name], params, name)
+
+
+def describe_attack(attack: Runnable) -> Any:
+    """Return an attack, and every attack inside it, as plain JSON."""
+
+    def name_of(item: Any) -> str:
+        return LOSSES.name_of(item) if callable(item) and not isinstance(item, Runnable) else ATTACKS.name_of(item)
+
+    return describe(attack, name_of)

@@ -1,0 +1,1 @@
+"""What every layer shares and what knows nothing of the domain: errors, types, random numbers, registry, progress."""

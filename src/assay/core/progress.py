@@ -1,0 +1,28 @@
+"""What long work tells whoever watches, and nothing about how that is shown."""
+
+from dataclasses import dataclass
+from typing import Protocol, final
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of an evaluation at one moment; counts are samples."""
+
+    total: int
+    done: int
+    right: int
+    fooled: int
+    stage: str
+    passes: int
+    seconds: float
+
+
+class Progress(Protocol):
+    """Receives snapshots, often; must be quick."""
+
+    def __call__(self, snapshot: Snapshot) -> None: ...
+
+
+def silent(snapshot: Snapshot) -> None:
+    """Show nothing."""

@@ -1,0 +1,110 @@
+"""Names for things: name <-> frozen dataclass or function <-> plain JSON."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from assay.core.errors import AssayError
+
+T = TypeVar("T")
+
+
+class UnknownNameError(AssayError):
+    """A name that is not registered, or a parameter that the named thing does not have."""
+
+    exit_code = 2
+
+
+def closest(name: str, known: list[str]) -> str:
+    """Return a hint: the most similar known name, and all of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    return (f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(sorted(known))}."
+
+
+class Registry(Generic[T]):
+    """A table from names to values, each with traits to search by."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+        self._traits: dict[str, dict[str, Any]] = {}
+
+    def register(self, name: str, **traits: Any) -> Callable[[T], T]:
+        """Enter the decorated value under ``name``. A trait that is a tuple matches any of its members."""
+
+        def enter(item: T) -> T:
+            if name in self._items:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._items[name], self._traits[name] = item, traits
+            return item
+
+        return enter
+
+    def names(self, **wanted: Any) -> tuple[str, ...]:
+        """Return the names whose traits match; ``None`` matches everything."""
+
+        def fits(traits: Mapping[str, Any]) -> bool:
+            return all(
+                w is None or w == traits[t] or (isinstance(traits[t], tuple) and w in traits[t])
+                for t, w in wanted.items()
+            )
+
+        return tuple(sorted(n for n, t in self._traits.items() if fits(t)))
+
+    def traits(self, name: str) -> Mapping[str, Any]:
+        self[name]
+        return self._traits[name]
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise UnknownNameError(f"the name of a registered {self.kind}", repr(name), closest(name, [*self._items]))
+        return self._items[name]
+
+    def name_of(self, item: Any) -> str:
+        """Return the name of a registered value, or of the registered class of an instance."""
+        for name, known in self._items.items():
+            if known is item or known is type(item):
+                return name
+        return getattr(item, "__name__", type(item).__name__)
+
+
+def build(cls: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
+    """Build a dataclass from parameters that may be text (``steps=200``); a wrong name or value is an error.
+
+    Raises:
+        UnknownNameError: a parameter that ``cls`` does not have, or text that its type does not take.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for name in params:
+        if name not in fields:
+            raise UnknownNameError(f"a parameter of {what}", repr(name), closest(name, [*fields]))
+    return cls(**{n: _coerce(v, fields[n], f"{what} {n}") for n, v in params.items()})
+
+
+def _coerce(value: Any, field: "dataclasses.Field[Any]", what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    default = field.default
+    if isinstance(default, bool):
+        truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() in truth:
+            return truth[value.lower()]
+    elif isinstance(default, int | float):
+        try:
+            return type(default)(value)
+        except ValueError:
+            pass
+    else:
+        return field.metadata["parse"](value) if "parse" in field.metadata else value
+    raise UnknownNameError(f"{type(default).__name__} for {what}", repr(value), f"For example {what}={default!r}.")
+
+
+def describe(value: Any, name_of: Callable[[Any], str]) -> Any:
+    """Turn a (nested) value into plain JSON: dataclasses become ``{"name": ..., field: ...}``, functions their names."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = {f.name: describe(getattr(value, f.name), name_of) for f in dataclasses.fields(value)}
+        return {"name": name_of(value)} | inner
+    if isinstance(value, tuple | list):
+        return [describe(v, name_of) for v in value]
+    return name_of(value) if callable(value) else value

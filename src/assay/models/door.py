@@ -1,0 +1,170 @@
+"""The only door between an attack and a model: it counts, differentiates, checks, splits, and leaves no trace."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from assay.core.errors import ModelError, ModelOutputError, NonFiniteError
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
+from assay.models.model import PAD, Live
+from assay.threats.problem import Goal, Problem
+
+Loss: TypeAlias = Callable[[Logits, Goal], PerSample]
+"""What an attack ascends: from logits (b, c) and the goal to one number a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a query tells an attack that sees predicted labels only."""
+
+    success: Mask
+    label: Labels
+
+    def take(self, rows: Rows) -> "Decision":
+        return Decision(self.success[rows], self.label[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a query tells an attack that sees the model's scores."""
+
+    success: Mask
+    loss: PerSample
+    logits: Logits
+
+    def take(self, rows: Rows) -> "Score":
+        return Score(self.success[rows], self.loss[rows], self.logits[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What a query tells an attack that also sees the model's inside."""
+
+    success: Mask
+    loss: PerSample
+    logits: Logits
+    grad: Inputs  # d loss / d x
+
+    def take(self, rows: Rows) -> "Gradient":
+        return Gradient(self.success[rows], self.loss[rows], self.logits[rows], self.grad[rows])
+
+
+@final
+class Door:
+    """Asks a frozen model about samples numbered 0 .. n - 1, and counts every pass of each.
+
+    ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m.
+    Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
+
+    Raises (from every question):
+        ModelOutputError: what came back is not (b, c) with c >= 2.
+        NonFiniteError: NaN or infinity among the logits.
+        ModelError: one sample alone does not fit into memory.
+    """
+
+    def __init__(self, live: Live, n: int, listen: Callable[[int], None] | None = None) -> None:
+        self.live = live
+        self.forwards = torch.zeros(n, dtype=torch.int64, device=live.device)
+        self.backwards = torch.zeros(n, dtype=torch.int64, device=live.device)
+        self._rows = live.model.rows
+        self._listen = listen
+
+    def logits(self, x: Inputs, rows: Rows) -> Logits:
+        """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
+        with torch.no_grad():
+            parts = self._split(x, lambda part, _: (self._forward(part),))
+        self._count(rows, backward=False)
+        return torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
+
+    def decide(self, x: Inputs, p: Problem) -> Decision:
+        z = self.logits(x, p.rows)
+        return Decision(p.goal.reached(z), z.argmax(1))
+
+    def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
+        z = self.logits(x, p.rows)
+        return Score(p.goal.reached(z), loss(z, p.goal).to(x.dtype), z)
+
+    def gradient(self, x: Inputs, p: Problem, loss: Loss) -> Gradient:
+        """Return logits, loss and input gradient at x; a model without a gradient gives zero."""
+        with torch.enable_grad():
+            parts = self._split(x, lambda part, rows: self._differentiate(part, p.goal, rows, loss))
+        self._count(p.rows, backward=True)
+        z, value, grad = (torch.cat(v) if len(parts) > 1 else v[0] for v in zip(*parts, strict=True))
+        return Gradient(p.goal.reached(z), value.to(x.dtype), z, grad)
+
+    def _differentiate(self, x: Inputs, goal: Goal, rows: slice, loss: Loss) -> tuple[Tensor, ...]:
+        n = rows.stop - rows.start
+        x = x.detach().requires_grad_()
+        z = self._forward(x)[:n]
+        cut = Goal(*(None if v is None else v[rows] for v in (goal.label, goal.target)))
+        value = loss(z, cut)
+        if not value.requires_grad:
+            return z, value, torch.zeros_like(x[:n])
+        # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
+        (grad,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        grad = torch.zeros_like(x) if grad is None else grad
+        return z.detach(), value.detach(), grad[:n].contiguous().nan_to_num(0.0)
+
+    def _split(self, x: Inputs, ask: Callable[[Inputs, slice], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """Ask about x in pieces of at most ``rows`` rows, each filled up; in smaller ones when memory runs out."""
+        parts: list[tuple[Tensor, ...]] = []
+        start = 0
+        while start < len(x):
+            stop = min(len(x), start + (self._rows or len(x)))
+            try:
+                answers = ask(self._fill(x[start:stop]), slice(start, stop))
+            except (RuntimeError, MemoryError) as e:
+                self._shrink(e, stop - start)
+                continue
+            parts.append(tuple(a[: stop - start] for a in answers))
+            start = stop
+        return parts
+
+    def _fill(self, x: Inputs) -> Inputs:
+        model = self.live.model
+        wanted = model.rows or len(x) if model.fixed_rows else -(-len(x) // PAD) * PAD
+        missing = wanted - len(x)
+        return torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
+
+    def _shrink(self, error: BaseException, rows: int) -> None:
+        """Halve the rows of a call if the error says that memory ran out, else raise it."""
+        said = str(error).lower()
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in said or (
+            "can't allocate memory" in said
+        )  # fmt: skip
+        if not full:
+            raise error
+        if rows <= PAD or self.live.model.fixed_rows:
+            raise ModelError(
+                "memory for a batch of the model's inputs", f"none left for {rows} samples at once",
+                "Free memory, use a smaller model, or another --device.",
+            ) from error  # fmt: skip
+        self._rows = max(PAD, rows // 2 // PAD * PAD)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _forward(self, x: Inputs) -> Logits:
+        z = self.live(x)
+        if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
+            raise ModelOutputError(
+                f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}", f"{tuple(z.shape)}",
+                "For a single-output binary classifier return torch.cat([-z, z], 1).", code="bad-logits",
+            )  # fmt: skip
+        if not torch.isfinite(z).all():
+            bad = (~torch.isfinite(z)).any(1).nonzero()[:, 0]
+            raise NonFiniteError(
+                "finite logits", f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: row {int(bad[0])})",
+                "Look for overflow, log(0), or a division by zero in the network.", code="bad-logits",
+            )  # fmt: skip
+        return z
+
+    def _count(self, rows: Rows, *, backward: bool) -> None:
+        passes = torch.full_like(rows, self.live.model.samples)
+        self.forwards.index_add_(0, rows, passes)
+        if backward:
+            self.backwards.index_add_(0, rows, passes)
+        if self._listen:
+            self._listen(len(rows) * self.live.model.samples * (1 + backward))

@@ -1,0 +1,201 @@
+"""A classifier with its box and its normalisation; in use it is frozen, afterwards it is as it was."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from assay.core.errors import ModelError, ModelOutputError
+from assay.core.types import Inputs, Logits
+from assay.threats.threat import Box
+
+Net: TypeAlias = Callable[[Tensor], Any]
+
+PAD = 8
+"""Batches are filled up to a multiple of this many rows. CPU kernels treat the rows of a full block alike and those of a
+remainder differently; with full blocks a sample's logits and gradients do not depend on its batch, to the last bit."""
+
+_CHANNELS_LAST_FROM = 16
+"""Input channels from which convolutions on a CPU are faster in channels_last (measured: benchmarks/step_overhead.py)."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A classifier: any callable from inputs (b, *f) inside the box to logits (b, c), c >= 2.
+
+    Args:
+        net: a ``torch.nn.Module`` or any callable on tensors. It is never changed for good: while it is in use its
+            parameters are frozen and its submodules in eval mode, and afterwards everything is as it was.
+        box: the input domain before normalisation.
+        mean, std: per channel (axis 1), applied inside: ``net((x - mean) / std)``.
+        name: how reports call it.
+        samples: how many random passes are averaged for one answer (for networks that are random by design).
+        probabilities: the net returns probabilities; their logarithm is used as logits.
+        rows: the most rows a call of the net may have; None for no limit.
+        fixed_rows: the net takes batches of exactly ``rows`` rows; shorter ones are filled up.
+        memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs.
+
+    Raises:
+        ModelError: std not positive, or only one of mean and std given.
+    """
+
+    net: Net
+    box: Box | tuple[float, float] = Box()
+    mean: Sequence[float] | float | None = None
+    std: Sequence[float] | float | None = None
+    name: str = ""
+    samples: int = 1
+    probabilities: bool = False
+    rows: int | None = None
+    fixed_rows: bool = False
+    memory_format: torch.memory_format | str = "auto"
+
+    def __post_init__(self) -> None:
+        if not callable(self.net):
+            raise ModelError("a torch.nn.Module or a callable", type(self.net).__name__, "Pass the network itself.")
+        if not isinstance(self.box, Box):
+            object.__setattr__(self, "box", Box(*self.box))
+        if (self.mean is None) != (self.std is None):
+            raise ModelError("mean and std together", f"mean={self.mean}, std={self.std}", "Give both or neither.")
+        if self.std is not None and not (torch.as_tensor(self.std) > 0).all():
+            raise ModelError("std > 0 for every channel", f"{self.std}", "Check the normalisation.")
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.net, "__name__", type(self.net).__name__))
+
+    @property
+    def domain(self) -> Box:
+        assert isinstance(self.box, Box)
+        return self.box
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The net, where it is a module: what has parameters, modes and buffers."""
+        return self.net if isinstance(self.net, nn.Module) else None
+
+    def __call__(self, x: Inputs) -> Logits:
+        """Return the logits of x (b, *f), with the net as it is at the moment."""
+        return self._logits(x, torch.contiguous_format)
+
+    @contextmanager
+    def frozen(self, device: torch.device | str | None = None) -> Iterator["Live"]:
+        """Put the net in eval mode, frozen, on ``device``; put everything back at the end, whatever happens."""
+        module = self.module
+        target = torch.device(device) if device is not None else _device_of(module)
+        layout = self._layout(module, target)
+        kept = _Kept(module)
+        try:
+            kept.freeze(target, layout)
+            yield Live(self, target, layout)
+        finally:
+            kept.restore()
+
+    def _layout(self, module: nn.Module | None, device: torch.device) -> torch.memory_format:
+        if isinstance(self.memory_format, torch.memory_format):
+            return self.memory_format
+        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)] if module else []
+        wide = sum(m.in_channels // m.groups >= _CHANNELS_LAST_FROM for m in convs)
+        pays = device.type == "cpu" and wide * 2 > len(convs)
+        return torch.channels_last if pays else torch.contiguous_format
+
+    def _logits(self, x: Inputs, layout: torch.memory_format) -> Logits:
+        if self.mean is not None and self.std is not None:
+            mean, std = (_per_channel(v, x) for v in (self.mean, self.std))
+            x = (x - mean) / std
+        if layout == torch.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=layout)
+        out = self._answer(x)
+        for _ in range(self.samples - 1):
+            out = out + self._answer(x)
+        return out / self.samples if self.samples > 1 else out
+
+    def _answer(self, x: Inputs) -> Logits:
+        out = self.net(x)
+        out = getattr(out, "logits", out)
+        if not isinstance(out, Tensor):
+            raise ModelOutputError(
+                "a tensor of logits (b, c)", f"{type(out).__name__}", "Wrap the net so that it returns logits only.",
+                code="bad-logits",
+            )  # fmt: skip
+        if not self.probabilities:
+            return out if out.dtype == torch.float64 else out.float()
+        return out.double().clamp_min(_LEAST_PROBABILITY).log()
+
+
+_LEAST_PROBABILITY = 1e-300
+
+
+@final
+@dataclass(slots=True)
+class Live:
+    """A model in use: frozen, on its device, in the memory format that pays."""
+
+    model: Model
+    device: torch.device
+    layout: torch.memory_format
+
+    def __call__(self, x: Inputs) -> Logits:
+        if self.layout != torch.channels_last:
+            return self.model._logits(x, self.layout)
+        try:
+            return self.model._logits(x, self.layout)
+        except RuntimeError as e:
+            # A net that calls .view() on a channels_last tensor: use the ordinary layout from here on.
+            if "view size is not compatible" not in str(e):
+                raise
+            self.layout = torch.contiguous_format
+            _relayout(self.model.module or nn.Module(), self.layout)
+            return self.model._logits(x, self.layout)
+
+
+class _Kept:
+    """Everything of a module that use may change: modes, requires_grad, parameter storage, buffers, random state."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module = module or nn.Module()
+        self.modes = [(m, m.training) for m in module.modules()]
+        self.grads = [(p, p.requires_grad) for p in module.parameters()]
+        self.data = [(p, p.data) for p in module.parameters()]
+        self.buffers = [(m, n, b) for m in module.modules() for n, b in m._buffers.items() if b is not None]
+        self.rng = torch.get_rng_state()
+
+    def freeze(self, device: torch.device, layout: torch.memory_format) -> None:
+        for m, _ in self.modes:
+            m.training = False  # not .eval(): it may be overridden, and exported modules refuse it
+        for p, _ in self.grads:
+            p.requires_grad_(False)
+            if p.device != device:
+                p.data = p.data.to(device)
+        for m, n, b in self.buffers:
+            m._buffers[n] = b.detach().to(device, copy=True)
+        _relayout(self.module, layout)
+
+    def restore(self) -> None:
+        for p, data in self.data:
+            p.data = data
+        for p, wanted in self.grads:
+            p.requires_grad_(wanted)
+        for m, n, b in self.buffers:
+            m._buffers[n] = b
+        for m, mode in self.modes:
+            m.training = mode
+        torch.set_rng_state(self.rng)
+
+
+def _relayout(module: nn.Module, layout: torch.memory_format) -> None:
+    for p in module.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=layout)
+
+
+def _device_of(module: nn.Module | None) -> torch.device:
+    first = next(module.parameters(), None) if module is not None else None
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _per_channel(v: Sequence[float] | float, x: Inputs) -> Tensor:
+    values = torch.as_tensor(v, dtype=x.dtype, device=x.device)
+    return values.view(-1, *[1] * (x.ndim - 2)) if values.ndim else values

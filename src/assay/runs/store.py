@@ -1,0 +1,231 @@
+"""The store of a run: a folder that a kill at any moment leaves valid.
+
+Every file is written under a temporary name, flushed to disk and renamed. A batch is stored as two files of one name:
+first the adversarial inputs, then the rows of the table; the rows decide. A batch without rows did not happen.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from assay.core.errors import RunError
+from assay.runs.schema import SAMPLES, VERSION
+
+_TALLY = b"assay.tally"
+
+
+@final
+class Run:
+    """A run folder, open for reading, or for adding batches."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._lock: io.IOBase | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Run":
+        """Open an existing run for reading.
+
+        Raises:
+            RunError: no run there, or one of a later version.
+        """
+        folder = Path(path)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError("a run folder with a manifest.json", str(folder), "Check the path.") from None
+        except (OSError, ValueError) as e:
+            raise RunError(f"a readable manifest in {folder}", str(e), "Restore it, or start a new run.") from e
+        if not isinstance(manifest, dict) or manifest.get("schema") != VERSION:
+            found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+            raise RunError(f"a run of schema {VERSION}", f"schema {found}", "Use the version of assay that wrote it.")
+        return cls(folder, manifest)
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any], *, resume: bool = True) -> "Run":
+        """Create a run, or go on with one of the same identity.
+
+        ``manifest["identity"]`` is what decides the numbers: two runs are the same when it is equal.
+
+        Raises:
+            RunError: the folder holds another run (the message says what differs), something else, a run that is being
+                written at this moment, or ``resume`` is off and there is a run; or it cannot be written.
+        """
+        folder = Path(path)
+        with _told(folder):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "adversarials").mkdir(exist_ok=True)
+        run = cls(folder, {**manifest, "schema": VERSION})
+        run._acquire()
+        try:
+            run._admit(resume=resume)
+            with _told(folder):
+                for left in folder.rglob(".tmp-*"):
+                    left.unlink()
+            run.save()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _admit(self, *, resume: bool) -> None:
+        if not (self.path / "manifest.json").exists():
+            strays = [p.name for p in self.path.iterdir() if p.name not in _OURS]
+            if strays or any((self.path / "samples").iterdir()):
+                raise RunError(
+                    f"an empty folder or a run in {self.path}", f"{', '.join(strays[:3]) or 'rows without a manifest'}",
+                    "Choose another --out.",
+                )  # fmt: skip
+            return
+        there = Run.read(self.path)
+        if not resume:
+            raise RunError("a folder without a run (--no-resume)", str(self.path), "Remove it or choose another --out.")
+        differences = list(_differences(there.manifest.get("identity", {}), self.manifest.get("identity", {})))
+        if differences:
+            raise RunError(
+                f"the settings of the run in {self.path}", "; ".join(differences),
+                "Choose another --out, or repeat the run's own settings to go on with it.",
+            )  # fmt: skip
+        self.manifest["created"] = there.manifest.get("created", self.manifest.get("created"))
+
+    def _acquire(self) -> None:
+        """Hold the folder as long as the run is open, so that two processes cannot write one run."""
+        try:
+            import fcntl  # noqa: PLC0415  (not on Windows, where nothing is held)
+        except ImportError:
+            return
+        with _told(self.path):
+            lock = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise RunError(
+                f"{self.path} to be free", "another process that writes this run", "Wait for it, or use another --out."
+            ) from None
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def save(self, **changes: Any) -> None:
+        """Update the manifest and write it."""
+        self.manifest.update(changes)
+        text = json.dumps(self.manifest, indent=1, ensure_ascii=False, allow_nan=False)
+        with _told(self.path):
+            _write(self.path / "manifest.json", text.encode())
+
+    def add(
+        self, rows: Mapping[str, Sequence[Any]], adversarials: Mapping[str, np.ndarray], tally: Mapping[str, Any]
+    ) -> None:
+        """Store a batch: its rows by column, its verified adversarial inputs, and what it cost (plain JSON)."""
+        table = pa.table(dict(rows), schema=SAMPLES).replace_schema_metadata({_TALLY: json.dumps(tally)})
+        name = f"{rows['index'][0]:08d}-{rows['index'][-1]:08d}"
+        with _told(self.path):
+            if len(adversarials.get("index", ())):
+                packed = io.BytesIO()
+                np.savez_compressed(packed, **adversarials)  # type: ignore[arg-type]
+                _write(self.path / "adversarials" / f"{name}.npz", packed.getvalue())
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            _write(self.path / "samples" / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+    def _parts(self) -> list[Path]:
+        return sorted(p for p in (self.path / "samples").glob("*.parquet") if not p.name.startswith("."))
+
+    def done(self) -> set[int]:
+        """Return the indices of the samples that are stored."""
+        return set(self.samples().column("index").to_pylist())
+
+    def samples(self) -> pa.Table:
+        """Return the table of all samples so far, in the order of their indices.
+
+        Raises:
+            RunError: a part cannot be read, or a sample is in two of them.
+        """
+        try:
+            parts = [pq.read_table(p).replace_schema_metadata() for p in self._parts()]
+        except (OSError, pa.ArrowInvalid) as e:
+            raise RunError(f"readable tables in {self.path}", str(e), "Remove the broken file and go on.") from e
+        table = pa.concat_tables([SAMPLES.empty_table(), *parts]).sort_by("index")
+        if len(table.column("index").unique()) != len(table):
+            raise RunError("each sample once", f"a sample in two files of {self.path}", "Start the run anew.")
+        return table
+
+    def tallies(self) -> Iterator[dict[str, Any]]:
+        """Yield what each stored batch cost."""
+        for part in self._parts():
+            yield json.loads((pq.read_schema(part).metadata or {}).get(_TALLY, b"{}"))
+
+    def adversarials(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the adversarial inputs of each stored batch, by array."""
+        for part in self._parts():
+            file = self.path / "adversarials" / f"{part.stem}.npz"
+            if file.exists():
+                with np.load(file, allow_pickle=False) as arrays:
+                    yield dict(arrays)
+
+
+_OURS = {"samples", "adversarials", ".lock"}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
+    """Say in words where two plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield f"{where} was {_short(old)} and is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+_TROUBLE = {
+    errno.ENOSPC: ("free space", "the disk is full", "Free some space and repeat the command: it goes on from there."),
+    errno.EDQUOT: ("free space", "the quota is used up", "Free some space and repeat the command."),
+    errno.EROFS: ("a folder that can be written", "a read-only file system", "Choose another --out."),
+    errno.EACCES: ("a folder that can be written", "no permission", "Choose another --out."),
+    errno.EPERM: ("a folder that can be written", "no permission", "Choose another --out."),
+}
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn what the system says about files into a sentence for people."""
+    try:
+        yield
+    except OSError as e:
+        expected, found, remedy = _TROUBLE.get(
+            e.errno or 0, ("a folder that can be written", str(e), "Choose another --out.")
+        )
+        raise RunError(f"{expected} in {folder}", found, f"{remedy} What was stored before is intact.") from e

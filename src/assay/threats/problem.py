@@ -1,0 +1,137 @@
+"""One batch to attack: all that an attack may look at besides the model's answers."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from assay.core.random import Draws
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows, per_sample
+from assay.threats.norms import Norm
+from assay.threats.threat import Box, Threat
+
+_INSIDE = 1 - 1e-6
+"""Balls that are no box are used a millionth short, so that float32 rounding of x0 + d cannot leave them."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What counts as success: to leave ``label``, or, where there is no label, to reach ``target``.
+
+    With both, success is to leave ``label``; ``target`` is the class by way of which the loss tries it.
+    """
+
+    label: Labels | None
+    target: Labels | None = None
+
+    def reached(self, logits: Logits) -> Mask:
+        guess = logits.argmax(1)
+        if self.label is not None:
+            return guess != self.label
+        assert self.target is not None
+        return guess == self.target
+
+    def take(self, rows: Rows) -> "Goal":
+        return Goal(*(None if v is None else v[rows] for v in (self.label, self.target)))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Samples with their goal, the geometry around them, and their random numbers; one row a sample throughout.
+
+    ``lower`` and ``upper`` (b, *f) are the box and, for linf, the ball, rounded inwards: a point between them is inside
+    in exact arithmetic. ``rows`` are the positions under which the door to the model counts the samples.
+    """
+
+    x0: Inputs
+    goal: Goal
+    norm: Norm
+    box: Box
+    radius: PerSample  # inf where the smallest perturbation is wanted
+    minimal: bool
+    lower: Inputs
+    upper: Inputs
+    draws: Draws
+    rows: Rows
+    clean_logits: Logits | None = None  # if known already
+
+    @classmethod
+    def pose(cls, x0: Inputs, y: Labels, threat: Threat, draws: Draws, rows: Rows | None = None) -> "Problem":
+        """Pose the problem of ``threat`` (its box settled) for clean inputs x0 (b, *f) and labels or targets y (b,)."""
+        box = threat.box or Box()
+        goal = Goal(None, y) if threat.targeted else Goal(y)
+        radius = x0.new_full((len(x0),), torch.inf if threat.eps is None else threat.eps, dtype=torch.float64)
+        lower, upper = _bounds(x0, threat.norm, box, radius)
+        rows = torch.arange(len(x0), device=x0.device) if rows is None else rows
+        minimal = threat.eps is None
+        return cls(x0, goal, threat.norm, box, radius.to(x0.dtype), minimal, lower, upper, draws, rows)
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def take(self, rows: Rows) -> "Problem":
+        """Return the problem of these samples only."""
+        logits = None if self.clean_logits is None else self.clean_logits[rows]
+        cut = {n: getattr(self, n)[rows] for n in ("x0", "radius", "lower", "upper", "rows")}
+        return replace(self, goal=self.goal.take(rows), draws=self.draws.take(rows), clean_logits=logits, **cut)
+
+    def toward(self, target: Labels) -> "Problem":
+        """Return the problem with a class to try; what counts as success stays."""
+        return replace(self, goal=Goal(self.goal.label, target))
+
+    def stage(self, number: int) -> "Problem":
+        """Return the problem with random numbers of its own."""
+        return replace(self, draws=self.draws.fold(number))
+
+    def with_radius(self, radius: PerSample) -> "Problem":
+        """Return the problem with a budget of its own for each sample."""
+        lower, upper = _bounds(self.x0, self.norm, self.box, radius.double())
+        return replace(self, radius=radius, lower=lower, upper=upper, minimal=False)
+
+    def full(self, value: float) -> PerSample:
+        return self.x0.new_full((len(self.x0),), value)
+
+    def project(self, x: Inputs, radius: PerSample | None = None) -> Inputs:
+        """Return the allowed point nearest to x: inside the box and inside the ball (of ``radius`` where given)."""
+        if self.norm.is_box and radius is None:
+            return x.clamp(self.lower, self.upper)
+        r = (self.radius if radius is None else radius) * _INSIDE
+        d = self.norm.project(x - self.x0, r, self.lower - self.x0, self.upper - self.x0)
+        return (self.x0 + d).clamp(self.lower, self.upper)
+
+    def start(self) -> Inputs:
+        """Draw an allowed point at random."""
+        reach = torch.where(self.radius.isinf(), self.box.width, self.radius)
+        return self.project(self.x0 + self.norm.sample(self.x0, reach, self.draws))
+
+    def ascend(self, x: Inputs, grad: Inputs, length: PerSample, support: int | Tensor = 1) -> Inputs:
+        """Take one projected step of ``length`` (in the threat's norm) in the direction of steepest ascent."""
+        return self.project(x + per_sample(length, x) * self.norm.steepest(grad, support))
+
+    def size(self, x: Inputs) -> PerSample:
+        return self.norm.size(x - self.x0)
+
+    def allows(self, x: Inputs) -> Mask:
+        """Tell which points are inside box and ball, as far as the working precision can tell."""
+        inside = ((x >= self.lower) & (x <= self.upper)).flatten(1).all(1)
+        return inside if self.norm.is_box else inside & (self.size(x) <= self.radius)
+
+
+def exact_size(norm: Norm, x: Inputs, x0: Inputs) -> PerSample:
+    """Measure a perturbation in float64 from the stored values of both points, where their difference is exact."""
+    return norm.size(x.double() - x0.double())
+
+
+def _bounds(x0: Inputs, norm: Norm, box: Box, radius: Tensor) -> tuple[Inputs, Inputs]:
+    if not norm.is_box:
+        return torch.full_like(x0, box.lo), torch.full_like(x0, box.hi)
+    exact, r = x0.double(), per_sample(radius, x0)
+    lower, upper = (exact - r).clamp_min(box.lo), (exact + r).clamp_max(box.hi)
+    lo, hi = lower.to(x0.dtype), upper.to(x0.dtype)
+    far = torch.full((), torch.inf, dtype=x0.dtype, device=x0.device)
+    lo = torch.where(lo.double() < lower, torch.nextafter(lo, far), lo)
+    hi = torch.where(hi.double() > upper, torch.nextafter(hi, -far), hi)
+    return torch.minimum(lo, x0), torch.maximum(hi, x0)

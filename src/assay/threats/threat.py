@@ -1,0 +1,133 @@
+"""A threat model is plain data: it can be printed, compared and written to JSON."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, final
+
+from assay.core.errors import ThreatError
+from assay.core.types import Inputs
+from assay.threats.norms import NORMS, Norm
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The valid input domain before any normalisation. Every eps and every distance is in its units."""
+
+    lo: float = 0.0
+    hi: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lo) and math.isfinite(self.hi) and self.lo < self.hi):
+            raise ThreatError("a box (lo, hi) of finite numbers with lo < hi", f"({self.lo}, {self.hi})", "Swap them?")
+
+    @property
+    def width(self) -> float:
+        return self.hi - self.lo
+
+    def clip(self, x: Inputs) -> Inputs:
+        return x.clamp(self.lo, self.hi)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Threat:
+    """What the adversary may do.
+
+    Args:
+        norm: ``linf``, ``l2``, ``l1``, ``l0``, or a :class:`Norm`.
+        eps: radius of the ball in units of the box (l0: a count); None asks for the smallest perturbation instead.
+        box: the input domain; None takes the model's.
+        targeted: labels given to an attack are the wanted ones.
+
+    Raises:
+        ThreatError: unknown norm, or an eps that is not positive.
+    """
+
+    norm: Norm
+    eps: float | None = None
+    box: Box | None = None
+    targeted: bool = False
+
+    def __init__(
+        self,
+        norm: str | Norm,
+        eps: float | None = None,
+        box: "Box | tuple[float, float] | None" = None,
+        targeted: bool = False,
+    ) -> None:
+        if isinstance(norm, str):
+            if norm not in NORMS:
+                raise ThreatError(f"a norm out of {', '.join(NORMS)}", repr(norm), "Write for example linf:8/255.")
+            norm = NORMS[norm]
+        if eps is not None and not (math.isfinite(eps) and eps > 0):
+            raise ThreatError("eps > 0, or none for the smallest perturbation", f"{eps}", "Write for example l2:0.5.")
+        if norm.name == "l0" and eps is not None and eps != round(eps):
+            raise ThreatError("a whole number of coordinates for l0", f"{eps}", "Write for example l0:20.")
+        values = {
+            "norm": norm,
+            "eps": None if eps is None else float(eps),
+            "box": Box(*box) if isinstance(box, tuple) else box,
+            "targeted": targeted,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def parse(cls, text: str) -> "Threat":
+        """Read ``norm`` or ``norm:eps``, where eps is a number or a fraction: ``linf:8/255``, ``l2:0.5``, ``l0``."""
+        norm, colon, eps = text.strip().partition(":")
+        if not colon:
+            return cls(norm)
+        number = r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
+        found = re.fullmatch(rf"\s*({number})\s*(?:/\s*({number}))?\s*", eps)
+        if not found or (found[2] and float(found[2]) == 0):
+            raise ThreatError("norm:eps with eps a number or a fraction", repr(text), "Write for example linf:8/255.")
+        return cls(norm, float(found[1]) / float(found[2] or 1))
+
+    def __str__(self) -> str:
+        return self.norm.name + ("" if self.eps is None else f":{show_eps(self.eps)}")
+
+    def to_json(self) -> dict[str, Any]:
+        box = [self.box.lo, self.box.hi] if self.box else None
+        return {"norm": self.norm.name, "eps": self.eps, "box": box, "targeted": self.targeted, "text": str(self)}
+
+    def within(self, box: Box, features: int) -> "Threat":
+        """Return this threat with its box settled, after checking that eps and box make sense for such inputs.
+
+        Raises:
+            ThreatError: ``eps-wider-than-box``, ``eps-looks-like-8-not-8/255``, or a box other than the model's.
+        """
+        if self.box not in (None, box):
+            raise ThreatError(f"the model's {box}", f"the threat's {self.box}", "Give the box once, with the model.")
+        most = self.norm.diameter(box.width, features)
+        if self.eps is None or self.eps <= most * (1 + 1e-9):
+            return replace_box(self, box)
+        if self.norm.name == "linf" and self.eps == round(self.eps) and self.eps / 255 <= box.width <= 1:
+            raise ThreatError(
+                f"eps in units of the box [{box.lo:g}, {box.hi:g}]",
+                f"eps = {self.eps:g}",
+                f"Write {self.norm.name}:{self.eps:g}/255 if you mean {self.eps:g} grey levels of 255.",
+                code="eps-looks-like-8-not-8/255",
+            )
+        raise ThreatError(
+            f"eps of at most {most:g}, the largest {self.norm.name} size inside the box [{box.lo:g}, {box.hi:g}]",
+            f"eps = {self.eps:g}",
+            "Give eps in units of the box, or the box that the data is in (--box).",
+            code="eps-wider-than-box",
+        )
+
+
+def replace_box(threat: Threat, box: Box) -> Threat:
+    return Threat(threat.norm, threat.eps, box, threat.targeted)
+
+
+def show_eps(eps: float) -> str:
+    """Write eps as people do: as a fraction of 255 where it is one that a short decimal does not give."""
+    levels = round(eps * 255, 2)
+    if float(f"{eps:.4g}") != eps and math.isclose(eps * 255, levels, rel_tol=1e-9):
+        return f"{levels:g}/255"
+    return f"{eps:g}"
+
+
