@@ -1,7 +1,7 @@
 """Attacks: one file each, all on the one loop of ``loop.py``."""
 
 from assay.attacks.attack import Outcome, Result, Runnable
-from assay.attacks.combine import Cascade, Restarts, Targets
+from assay.attacks.combine import Bisect, Cascade, Restarts, Targets
 from assay.attacks.gradient.apgd import APGD
 from assay.attacks.gradient.bim import BIM
 from assay.attacks.gradient.fgsm import FGSM
@@ -19,6 +19,7 @@ __all__ = [
     "FGSM",
     "LOSSES",
     "PGD",
+    "Bisect",
     "Cascade",
     "DecisionAttack",
     "GradientAttack",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from assay.core.errors import DataError, ThreatError
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, Labels, Mask, PerSample, choose
 from assay.models.door import Door
 from assay.models.model import Model
 from assay.threats.norms import TINY
@@ -78,6 +78,7 @@ class Runnable(ABC):
         seed: int = 0,
         *,
         full: bool = False,
+        indices: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Result:
         """Attack inputs x (b, *f), inside the box, with labels y (b,), the wanted ones when the threat is targeted.
@@ -88,7 +89,8 @@ class Runnable(ABC):
             model: an :class:`assay.Model`, or a network that takes inputs in [0, 1].
             x, y: the samples.
             threat: what is allowed.
-            seed: of the random numbers; those of a sample depend on its position in x, and on nothing else.
+            seed: of the random numbers; those of a sample depend on its index, and on nothing else.
+            indices: (b,) of the samples in their data; None for their positions in x.
             full: take all steps, also after a sample has fallen, and return the strongest point instead of the first.
             device: where to run; None for where the model's parameters are.
 
@@ -102,8 +104,9 @@ class Runnable(ABC):
         _check(x, y, threat)
         with model.frozen(device) as live:
             place, x0 = x.device, x.detach().to(live.device).contiguous()
-            door, indices = Door(live, len(x)), torch.arange(len(x), device=live.device)
-            p = Problem.pose(x0, y.to(live.device).long(), threat, Draws.of(seed, indices))
+            door = Door(live, len(x))
+            keys = torch.arange(len(x)) if indices is None else indices
+            p = Problem.pose(x0, y.to(live.device).long(), threat, Draws.of(seed, keys.to(live.device)))
             out = self.run(door, p, full=full)
             found, points, size = verify(door, p, out)
             size = torch.where(found, size, torch.inf).to(x0.dtype)
@@ -135,12 +138,11 @@ def _draw_in(p: Problem, x: Inputs) -> Inputs:
     if p.norm.is_box or p.norm.name == "l0":
         return x
     small = (excess > 1) & (excess < 1 + 1e-4)
-    shrunk = (p.x0 + (x - p.x0) * per_sample((1 - 2e-6) / excess, x).to(x.dtype)).clamp(p.lower, p.upper)
-    return choose(small, shrunk, x)
+    return choose(small, p.project(x), x)
 
 
 def _check(x: Inputs, y: Labels, threat: Threat) -> None:
-    if not len(x) or len(x) != len(y) or y.ndim != 1:
+    if not len(x) or len(x) != len(y) or y.ndim != 1 or x.ndim < 2:
         raise DataError(
             "inputs (b, *f) and as many labels (b,), b >= 1", f"{tuple(x.shape)} and {tuple(y.shape)}",
             "Pass class indices, one a sample.", code="empty-data" if not len(x) else None,

@@ -7,7 +7,7 @@ from typing import final
 import torch
 
 from assay.attacks.attack import Outcome, Runnable
-from assay.core.types import Labels
+from assay.core.types import Labels, choose
 from assay.models.door import Door
 from assay.threats.problem import Problem
 
@@ -76,5 +76,36 @@ def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: 
     rows = (~out.success).nonzero()[:, 0]
     if not len(rows):
         return out
-    # A later part's failure must not replace the point that an earlier one left: both failed, so either will do.
+    # Where all parts fail, the point of the last one is left: losses differ, so there is no strongest.
     return out.updated(rows, attack.run(door, p.take(rows).stage(number), full=full), by=number)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Bisect(Runnable):
+    """Finds small perturbations with an attack of fixed budget, by bisection over the radius of each sample.
+
+    Doubles the radius until the attack succeeds, then halves the gap between the largest radius that failed and the
+    smallest success. Works for problems with and without an eps, which then bounds the search.
+
+    Args:
+        attack: run once a round, each sample at a radius of its own.
+        rounds: number of rounds.
+        first: first radius as a fraction of the largest that makes sense.
+    """
+
+    attack: Runnable
+    rounds: int = 10
+    first: float = 0.05
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        most = p.full(p.norm.diameter(p.box.width, p.x0[0].numel())).minimum(p.radius)
+        low, high, out = p.full(0.0), p.full(torch.inf), Outcome.nothing(p)
+        for i in range(self.rounds):
+            wanted = torch.where(high.isinf(), (2 * low).clamp_min(self.first * most), (low + high) / 2).minimum(most)
+            new = self.attack.run(door, p.with_radius(wanted).stage(i), full=full)
+            size = torch.where(new.success, p.size(new.x), torch.inf)
+            smaller = size < high
+            out = Outcome(choose(smaller, new.x, out.x), out.success | new.success, torch.where(smaller, 0, out.by))
+            low, high = torch.where(new.success, low, torch.maximum(low, wanted)), torch.minimum(high, size)
+        return out

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from assay.core.registry import Registry
 from assay.core.types import Labels, Logits, PerSample
 from assay.models.door import Loss
-from assay.threats.norms import TINY
 from assay.threats.problem import Goal
 
 LOSSES: Registry[Loss] = Registry("loss")
+
+_LEAST_GAP = 1e-12
+"""Below every gap between two different float32 logits that matters: only where the largest logits tie."""
 
 
 @LOSSES.register("ce")
@@ -27,10 +29,11 @@ def cross_entropy(logits: Logits, goal: Goal) -> PerSample:
 
 @LOSSES.register("margin")
 def margin(logits: Logits, goal: Goal) -> PerSample:
-    """Rival's logit minus the label's: positive exactly when the goal is met (Carlini & Wagner 2017, f6).
+    """Rival's logit minus the label's (Carlini & Wagner 2017, arXiv:1608.04644, f6).
 
     The rival is the target, or the strongest other class; against a targeted threat the target's logit minus
-    the strongest other.
+    the strongest other. But for ties it is positive exactly when the goal is met; where a label is to be left by way
+    of a target, positive means met, but the goal may be met by way of another class too.
     """
     if goal.label is None:
         assert goal.target is not None
@@ -51,7 +54,7 @@ def dlr(logits: Logits, goal: Goal) -> PerSample:
     if top.shape[1] == 2:
         return margin(logits, goal)
     low = top[:, 2] if goal.target is None else top[:, 2:].mean(1)
-    return margin(logits, goal) / (top[:, 0] - low).clamp_min(TINY)
+    return margin(logits, goal) / (top[:, 0] - low).clamp_min(_LEAST_GAP)
 
 
 def pick(logits: Logits, classes: Labels) -> PerSample:

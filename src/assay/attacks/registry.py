@@ -16,11 +16,13 @@ def names(norm: str | None = None, access: str | None = None, kind: str | None =
 
 
 def get(name: str, **params: Any) -> Runnable:
-    """Return the attack of that name; parameters may be given as text.
+    """Return the attack of that name; parameters may be given as text, a loss by its name.
 
     Raises:
-        UnknownNameError: no such attack, no such parameter, or text that the parameter does not take.
+        UnknownNameError: no such attack, parameter or loss, or text that the parameter does not take.
     """
+    if isinstance(params.get("loss"), str):
+        params["loss"] = LOSSES[params["loss"]]
     return build(ATTACKS[name], params, name)
 
 

@@ -45,7 +45,7 @@ class Draws:
     @classmethod
     def of(cls, seed: int, indices: Tensor) -> "Draws":
         """Return the streams of the samples with these indices (b,) in the data."""
-        return cls(_mix(_mix(indices.long() * _GOLDEN + 1) + _signed((seed * 2 + 1) % (1 << 64)) * _M1))
+        return cls(_mix(_mix(indices.long() * _GOLDEN + 1) + _signed((seed * 2 + 1) * _M1 % (1 << 64))))
 
     def fold(self, word: int) -> "Draws":
         """Return streams independent of these ones, named by ``word`` (a stage, a restart, a step)."""

@@ -7,7 +7,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from assay.core.errors import ModelError, ModelOutputError, NonFiniteError
+from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
 from assay.models.model import PAD, Live
 from assay.threats.problem import Goal, Problem
@@ -58,54 +58,61 @@ class Door:
 
     ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m.
     Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
+    ``differentiable`` says, after a question for a gradient, whether the model had one.
 
     Raises (from every question):
         ModelOutputError: what came back is not (b, c) with c >= 2.
         NonFiniteError: NaN or infinity among the logits.
-        ModelError: one sample alone does not fit into memory.
+        ModelError: a handful of samples does not fit into memory.
+        DataError: labels that the model has no class for.
     """
 
     def __init__(self, live: Live, n: int, listen: Callable[[int], None] | None = None) -> None:
         self.live = live
         self.forwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.backwards = torch.zeros(n, dtype=torch.int64, device=live.device)
+        self.differentiable = True
         self._rows = live.model.rows
         self._listen = listen
 
     def logits(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
         with torch.no_grad():
-            parts = self._split(x, lambda part, _: (self._forward(part),))
+            parts = self._split(x, lambda part, at: (self._forward(part, rows[at]),))
         self._count(rows, backward=False)
         return torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
         z = self.logits(x, p.rows)
+        self._check_labels(p.goal, z)
         return Decision(p.goal.reached(z), z.argmax(1))
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
         z = self.logits(x, p.rows)
+        self._check_labels(p.goal, z)
         return Score(p.goal.reached(z), loss(z, p.goal).to(x.dtype), z)
 
     def gradient(self, x: Inputs, p: Problem, loss: Loss) -> Gradient:
         """Return logits, loss and input gradient at x; a model without a gradient gives zero."""
         with torch.enable_grad():
-            parts = self._split(x, lambda part, rows: self._differentiate(part, p.goal, rows, loss))
+            parts = self._split(x, lambda part, at: self._differentiate(part, p.rows[at], p.goal.take(at), loss))
         self._count(p.rows, backward=True)
         z, value, grad = (torch.cat(v) if len(parts) > 1 else v[0] for v in zip(*parts, strict=True))
         return Gradient(p.goal.reached(z), value.to(x.dtype), z, grad)
 
-    def _differentiate(self, x: Inputs, goal: Goal, rows: slice, loss: Loss) -> tuple[Tensor, ...]:
-        n = rows.stop - rows.start
-        x = x.detach().requires_grad_()
-        z = self._forward(x)[:n]
-        cut = Goal(*(None if v is None else v[rows] for v in (goal.label, goal.target)))
-        value = loss(z, cut)
+    def _differentiate(self, x: Inputs, rows: Rows, goal: Goal, loss: Loss) -> tuple[Tensor, ...]:
+        n = len(rows)
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        z = self._forward(x, rows)
+        self._check_labels(goal, z)
+        value = loss(z, goal)
         if not value.requires_grad:
+            self.differentiable = False
             return z, value, torch.zeros_like(x[:n])
         # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
         (grad,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-        grad = torch.zeros_like(x) if grad is None else grad
+        if grad is None:
+            self.differentiable, grad = False, torch.zeros_like(x)
         return z.detach(), value.detach(), grad[:n].contiguous().nan_to_num(0.0)
 
     def _split(self, x: Inputs, ask: Callable[[Inputs, slice], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -119,13 +126,14 @@ class Door:
             except (RuntimeError, MemoryError) as e:
                 self._shrink(e, stop - start)
                 continue
-            parts.append(tuple(a[: stop - start] for a in answers))
+            parts.append(answers)
             start = stop
         return parts
 
     def _fill(self, x: Inputs) -> Inputs:
         model = self.live.model
-        wanted = model.rows or len(x) if model.fixed_rows else -(-len(x) // PAD) * PAD
+        most = model.rows or len(x) + PAD
+        wanted = most if model.fixed_rows and model.rows else min(-(-len(x) // PAD) * PAD, most)
         missing = wanted - len(x)
         return torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
 
@@ -146,20 +154,31 @@ class Door:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _forward(self, x: Inputs) -> Logits:
+    def _forward(self, x: Inputs, rows: Rows) -> Logits:
+        """Return the logits of the samples ``rows``, with which x begins; the rest of x fills the batch."""
         z = self.live(x)
         if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
             raise ModelOutputError(
                 f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}", f"{tuple(z.shape)}",
                 "For a single-output binary classifier return torch.cat([-z, z], 1).", code="bad-logits",
             )  # fmt: skip
+        z = z[: len(rows)]
         if not torch.isfinite(z).all():
-            bad = (~torch.isfinite(z)).any(1).nonzero()[:, 0]
+            bad = rows[(~torch.isfinite(z)).any(1)]
             raise NonFiniteError(
-                "finite logits", f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: row {int(bad[0])})",
+                "finite logits", f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: sample {int(bad[0])})",
                 "Look for overflow, log(0), or a division by zero in the network.", code="bad-logits",
             )  # fmt: skip
         return z
+
+    def _check_labels(self, goal: Goal, z: Logits) -> None:
+        for labels in (goal.label, goal.target):
+            if labels is not None and not ((labels >= 0) & (labels < z.shape[1])).all():
+                raise DataError(
+                    f"labels from 0 to {z.shape[1] - 1}, for the model has {z.shape[1]} classes",
+                    f"labels from {int(labels.min())} to {int(labels.max())}",
+                    "Check that model and data belong together, and the order of the classes.", code="bad-logits",
+                )  # fmt: skip
 
     def _count(self, rows: Rows, *, backward: bool) -> None:
         passes = torch.full_like(rows, self.live.model.samples)

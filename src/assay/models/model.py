@@ -82,21 +82,27 @@ class Model:
 
     @contextmanager
     def frozen(self, device: torch.device | str | None = None) -> Iterator["Live"]:
-        """Put the net in eval mode, frozen, on ``device``; put everything back at the end, whatever happens."""
+        """Put the net in eval mode, frozen, on ``device``; put everything back at the end, whatever happens.
+
+        The global random state is put back too.
+        """
         module = self.module
         target = torch.device(device) if device is not None else _device_of(module)
         layout = self._layout(module, target)
         kept = _Kept(module)
-        try:
-            kept.freeze(target, layout)
-            yield Live(self, target, layout)
-        finally:
-            kept.restore()
+        devices = [target] if target.type == "cuda" else []
+        # A caller's inference_mode would make every gradient zero, and a model look robust.
+        with torch.inference_mode(False), torch.random.fork_rng(devices):
+            try:
+                kept.freeze(target, layout)
+                yield Live(self, target, layout)
+            finally:
+                kept.restore()
 
     def _layout(self, module: nn.Module | None, device: torch.device) -> torch.memory_format:
         if isinstance(self.memory_format, torch.memory_format):
             return self.memory_format
-        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)] if module else []
+        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)] if module is not None else []
         wide = sum(m.in_channels // m.groups >= _CHANNELS_LAST_FROM for m in convs)
         pays = device.type == "cpu" and wide * 2 > len(convs)
         return torch.channels_last if pays else torch.contiguous_format
@@ -147,20 +153,20 @@ class Live:
             if "view size is not compatible" not in str(e):
                 raise
             self.layout = torch.contiguous_format
-            _relayout(self.model.module or nn.Module(), self.layout)
+            if self.model.module is not None:
+                _relayout(self.model.module, self.layout)
             return self.model._logits(x, self.layout)
 
 
 class _Kept:
-    """Everything of a module that use may change: modes, requires_grad, parameter storage, buffers, random state."""
+    """Everything of a module that use may change: modes, requires_grad, parameter storage, buffers."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.module = module = module or nn.Module()
+        self.module = module = nn.Module() if module is None else module
         self.modes = [(m, m.training) for m in module.modules()]
         self.grads = [(p, p.requires_grad) for p in module.parameters()]
         self.data = [(p, p.data) for p in module.parameters()]
         self.buffers = [(m, n, b) for m in module.modules() for n, b in m._buffers.items() if b is not None]
-        self.rng = torch.get_rng_state()
 
     def freeze(self, device: torch.device, layout: torch.memory_format) -> None:
         for m, _ in self.modes:
@@ -182,7 +188,6 @@ class _Kept:
             m._buffers[n] = b
         for m, mode in self.modes:
             m.training = mode
-        torch.set_rng_state(self.rng)
 
 
 def _relayout(module: nn.Module, layout: torch.memory_format) -> None:

@@ -100,7 +100,8 @@ class L2:
         return torch.linalg.vector_norm(d.flatten(1), dim=1)
 
     def dual(self, g: Inputs) -> PerSample:
-        return self.size(g)
+        # In float64, for squares of float32 gradients underflow below 1e-19.
+        return torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).to(g.dtype)
 
     def steepest(self, g: Inputs, support: int | Tensor = 1) -> Inputs:
         # The largest coordinate is divided out first: squares of float32 gradients underflow below 1e-19.
@@ -162,18 +163,19 @@ class L1:
         where it reaches zero (|d|); t lies on the piece that crosses the radius (Croce & Hein 2021, arXiv:2103.01208,
         prop. 2.1, solved here by one sort of both kinds of corner).
         """
-        u, caps = d.flatten(1).abs(), torch.where(d > 0, hi, -lo).flatten(1)
-        corners, order = torch.cat([(u - caps).clamp_min(0), u], 1).double().sort(1)
-        bends = torch.ones_like(u, dtype=torch.float64)
+        u, caps = d.flatten(1).abs().double(), torch.where(d > 0, hi, -lo).flatten(1).double()
+        corners, order = torch.cat([(u - caps).clamp_min(0), u], 1).sort(1)
+        bends = torch.ones_like(u)
         slope = torch.cat([-bends, bends], 1).gather(1, order).cumsum(1)
         drop = (slope[:, :-1] * corners.diff(dim=1)).cumsum(1)
-        start = torch.minimum(u, caps).double().sum(1, keepdim=True)
-        height = torch.cat([start, start + drop], 1)
+        start = torch.minimum(u, caps).sum(1, keepdim=True)
+        height = torch.cat([start, start + drop], 1).clamp_min(0)  # the last one is 0 but for rounding
         piece = ((height >= radius[:, None]).sum(1, keepdim=True) - 1).clamp_min(0)
         excess = height.gather(1, piece) - radius[:, None]
         steep = (-slope.gather(1, piece)).clamp_min(1)
-        t = torch.where(start <= radius[:, None], 0, corners.gather(1, piece) + excess / steep).to(d.dtype)
-        return (d.sign() * (d.abs() - per_sample(t[:, 0], d)).clamp_min(0)).clamp(lo, hi)
+        t = torch.where(start <= radius[:, None], 0, corners.gather(1, piece) + excess / steep)
+        left = (u - t).clamp_min(0).to(d.dtype).view(d.shape)
+        return (d.sign() * left).clamp(lo, hi)
 
     def sample(self, like: Inputs, radius: PerSample, draws: Draws) -> Inputs:
         # Spacings of d + 1 exponentials are uniform on the simplex; the last one is what stays inside the ball.
@@ -206,7 +208,7 @@ class L0:
     def project(self, d: Inputs, radius: PerSample, lo: Inputs, hi: Inputs) -> Inputs:
         """Clip, and keep the coordinates whose loss would cost the most distance."""
         inside = d.clamp(lo, hi)
-        gain = d.square() - (d - inside).square()
+        gain = inside * (2 * d - inside)  # d^2 - (d - inside)^2
         return inside * largest(gain, radius.round())
 
     def sample(self, like: Inputs, radius: PerSample, draws: Draws) -> Inputs:

@@ -50,7 +50,7 @@ class Problem:
     goal: Goal
     norm: Norm
     box: Box
-    radius: PerSample  # inf where the smallest perturbation is wanted
+    radius: PerSample  # eps, rounded down to the precision of x0; inf where the smallest perturbation is wanted
     minimal: bool
     lower: Inputs
     upper: Inputs
@@ -63,11 +63,11 @@ class Problem:
         """Pose the problem of ``threat`` (its box settled) for clean inputs x0 (b, *f) and labels or targets y (b,)."""
         box = threat.box or Box()
         goal = Goal(None, y) if threat.targeted else Goal(y)
-        radius = x0.new_full((len(x0),), torch.inf if threat.eps is None else threat.eps, dtype=torch.float64)
+        eps = x0.new_full((len(x0),), torch.inf if threat.eps is None else threat.eps, dtype=torch.float64)
+        radius = _round_down(eps, x0.dtype)
         lower, upper = _bounds(x0, threat.norm, box, radius)
         rows = torch.arange(len(x0), device=x0.device) if rows is None else rows
-        minimal = threat.eps is None
-        return cls(x0, goal, threat.norm, box, radius.to(x0.dtype), minimal, lower, upper, draws, rows)
+        return cls(x0, goal, threat.norm, box, radius, threat.eps is None, lower, upper, draws, rows)
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -88,7 +88,8 @@ class Problem:
 
     def with_radius(self, radius: PerSample) -> "Problem":
         """Return the problem with a budget of its own for each sample."""
-        lower, upper = _bounds(self.x0, self.norm, self.box, radius.double())
+        radius = _round_down(radius.double(), self.x0.dtype)
+        lower, upper = _bounds(self.x0, self.norm, self.box, radius)
         return replace(self, radius=radius, lower=lower, upper=upper, minimal=False)
 
     def full(self, value: float) -> PerSample:
@@ -100,7 +101,7 @@ class Problem:
             return x.clamp(self.lower, self.upper)
         r = (self.radius if radius is None else radius) * _INSIDE
         d = self.norm.project(x - self.x0, r, self.lower - self.x0, self.upper - self.x0)
-        return (self.x0 + d).clamp(self.lower, self.upper)
+        return _move(self.x0, d).clamp(self.lower, self.upper)
 
     def start(self) -> Inputs:
         """Draw an allowed point at random."""
@@ -125,13 +126,32 @@ def exact_size(norm: Norm, x: Inputs, x0: Inputs) -> PerSample:
     return norm.size(x.double() - x0.double())
 
 
-def _bounds(x0: Inputs, norm: Norm, box: Box, radius: Tensor) -> tuple[Inputs, Inputs]:
+def _move(x0: Inputs, d: Inputs) -> Inputs:
+    """Return x0 + d rounded towards x0, so that rounding many coordinates cannot add up to a larger perturbation."""
+    x = x0 + d
+    return torch.where((x - x0).abs() > d.abs(), torch.nextafter(x, x0), x)
+
+
+def _bounds(x0: Inputs, norm: Norm, box: Box, radius: PerSample) -> tuple[Inputs, Inputs]:
+    """Return the least and the largest point of the box (to working precision) and, for linf, of the ball (exact)."""
+    lo, hi = (torch.full_like(x0, v) for v in (box.lo, box.hi))
     if not norm.is_box:
-        return torch.full_like(x0, box.lo), torch.full_like(x0, box.hi)
-    exact, r = x0.double(), per_sample(radius, x0)
-    lower, upper = (exact - r).clamp_min(box.lo), (exact + r).clamp_max(box.hi)
-    lo, hi = lower.to(x0.dtype), upper.to(x0.dtype)
-    far = torch.full((), torch.inf, dtype=x0.dtype, device=x0.device)
-    lo = torch.where(lo.double() < lower, torch.nextafter(lo, far), lo)
-    hi = torch.where(hi.double() > upper, torch.nextafter(hi, -far), hi)
-    return torch.minimum(lo, x0), torch.maximum(hi, x0)
+        return lo, hi
+    exact, r = x0.double(), per_sample(radius.double(), x0)
+    upper, lower = _sum_down(exact, r, x0.dtype), -_sum_down(-exact, r, x0.dtype)
+    return torch.maximum(lo, torch.minimum(lower, x0)), torch.minimum(hi, torch.maximum(upper, x0))
+
+
+def _sum_down(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest number of ``dtype`` that is at most a + b, where a and b are float64."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # what rounding a + b lost, exactly (Knuth's two-sum)
+    total = torch.where(error < 0, torch.nextafter(total, torch.full_like(total, -torch.inf)), total)
+    return _round_down(total, dtype)
+
+
+def _round_down(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest numbers of ``dtype`` that are at most v (float64)."""
+    near = v.to(dtype)
+    return torch.where(near.double() > v, torch.nextafter(near, torch.full_like(near, -torch.inf)), near)

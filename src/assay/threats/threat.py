@@ -78,6 +78,7 @@ class Threat:
     def parse(cls, text: str) -> "Threat":
         """Read ``norm`` or ``norm:eps``, where eps is a number or a fraction: ``linf:8/255``, ``l2:0.5``, ``l0``."""
         norm, colon, eps = text.strip().partition(":")
+        norm = norm.strip()
         if not colon:
             return cls(norm)
         number = r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
@@ -124,10 +125,8 @@ def replace_box(threat: Threat, box: Box) -> Threat:
 
 
 def show_eps(eps: float) -> str:
-    """Write eps as people do: as a fraction of 255 where it is one that a short decimal does not give."""
+    """Write eps as people do, so that reading it gives it back: short, as a fraction of 255, or with all digits."""
     levels = round(eps * 255, 2)
-    if float(f"{eps:.4g}") != eps and math.isclose(eps * 255, levels, rel_tol=1e-9):
+    if float(f"{eps:.4g}") != eps and levels / 255 == eps:
         return f"{levels:g}/255"
-    return f"{eps:g}"
-
-
+    return f"{eps:g}" if float(f"{eps:g}") == eps else repr(eps)

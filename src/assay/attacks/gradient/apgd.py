@@ -53,7 +53,8 @@ class APGD(GradientAttack[APGDState]):
         loss: cross-entropy, DLR (``dlr``) or margin; each has its targeted form, see :mod:`assay.attacks.losses`.
 
     *Differs from the paper in*: the l2 projection onto ball and box together (exact, not scaled and then clipped);
-    uniform random start for every norm; in l1 one radius (no multi-radius schedule yet).
+    uniform random start for every norm; in l1 one radius (no multi-radius schedule yet). The published code compares
+    the loss after the first update with 0; here, as in the paper, with that of the start.
 
     References:
         Croce & Hein 2020, arXiv:2003.01690, algorithm 1; for l1 Croce & Hein 2021, arXiv:2103.01208, algorithm 1.
@@ -82,9 +83,8 @@ class APGD(GradientAttack[APGDState]):
         return APGDState(x, x, step, x, torch.zeros_like(x), low, zero, zero, low, zero == 0, *counts)
 
     def update(self, p: Problem, s: APGDState, e: Gradient, k: int) -> APGDState:
-        # The published code compares the first update with a loss of 0, not with that of the start.
         rises = s.rises + (e.loss > s.loss) if k else s.rises
-        s = _remember(s, e)._replace(rises=rises, loss=e.loss if k else s.loss)
+        s = _remember(s, e)._replace(rises=rises, loss=e.loss)
         s = s._replace(reviewed=s.best_loss) if k == 0 else s
         sparse = p.norm.name == "l1"
         x, grad = s.x, e.grad

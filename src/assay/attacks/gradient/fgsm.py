@@ -23,7 +23,8 @@ class FGSMState(NamedTuple):
 class FGSM(GradientAttack[FGSMState]):
     """One step of the whole eps from the clean input: x = P(x0 + eps * steepest(grad)).
 
-    For linf, steepest is the sign; for l2 the normalised gradient (FGM); for l1 its largest coordinate.
+    For linf, steepest is the sign; for l2 the normalised gradient (FGM); for l1 its eps / (width of the box) largest
+    coordinates, rounded up.
 
     *Sees* the gradient. *Cost* 2 forwards, 1 backward.
 
@@ -35,8 +36,8 @@ class FGSM(GradientAttack[FGSMState]):
         >>> from assay import Threat
         >>> from assay.attacks import FGSM
         >>> line = lambda x: torch.stack([0.5 - x.mean(1), x.mean(1) - 0.5], 1)
-        >>> FGSM()(line, torch.full((1, 4), 0.6), torch.tensor([1]), Threat("linf", 0.2)).x[0, 0].item()
-        0.4000000059604645
+        >>> FGSM()(line, torch.full((1, 4), 0.6), torch.tensor([1]), Threat("linf", 0.2)).x
+        tensor([[0.4000, 0.4000, 0.4000, 0.4000]])
 
     References:
         Goodfellow et al. 2015, arXiv:1412.6572, sec. 4.
@@ -50,4 +51,5 @@ class FGSM(GradientAttack[FGSMState]):
         return FGSMState(p.x0)
 
     def update(self, p: Problem, s: FGSMState, e: Gradient, k: int) -> FGSMState:
-        return FGSMState(p.ascend(s.x, e.grad, p.radius))
+        needed = (p.radius / p.box.width).ceil().long()  # l1: fewer coordinates cannot hold eps inside the box
+        return FGSMState(p.ascend(s.x, e.grad, p.radius, needed))

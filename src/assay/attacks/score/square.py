@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from assay.attacks.loop import ScoreAttack
 from assay.attacks.losses import margin
@@ -30,7 +31,8 @@ class Square(ScoreAttack[SquareState]):
     """Repaints one square window at random and keeps it if the loss rises.
 
     linf: the window gets x0 + eps * s, one sign s per channel; the start is vertical stripes of +-eps.
-    l2: the mass of two windows is moved into one, in the shape of two pyramids; the start is a grid of them.
+    l2: the mass of two windows and what is left of eps go to one of them, to which a pair of pyramids, one up and one
+    down, is added; the start is a grid of such pairs.
     Windows shrink on the published schedule, stretched to ``steps``. Each sample has a window of its own.
     Inputs (b, c, h, w) are images; (b, c, t) and (b, d) are taken as images of height 1.
 
@@ -41,7 +43,8 @@ class Square(ScoreAttack[SquareState]):
         p: share of the image that the first windows cover.
         loss: what is to rise.
 
-    *Differs from the paper in*: window positions per sample instead of one for the batch.
+    *Differs from the paper in*: the nearest point of ball and box instead of scaling, then clipping (l2). The published
+    code paints the same window in every sample of a batch; here each sample has its own.
 
     References:
         Andriushchenko et al. 2020, arXiv:1912.00049, algorithms 1 to 3.
@@ -57,7 +60,7 @@ class Square(ScoreAttack[SquareState]):
         return SquareState(x, x, p.full(-torch.inf))
 
     def update(self, p: Problem, s: SquareState, e: Score, k: int) -> SquareState:
-        up = (e.loss > s.kept_loss) | e.success
+        up = e.loss > s.kept_loss
         kept, loss = choose(up, s.x, s.kept), torch.where(up, e.loss, s.kept_loss)
         p = p.stage(k)
         share = self.share(k)
@@ -78,22 +81,28 @@ def _image(shape: torch.Size) -> tuple[int, int, int]:
     return c, 1, shape[1:].numel() // c
 
 
-def _windows(p: Problem, side: tuple[int, int], size: tuple[int, int], stream: int) -> tuple[Tensor, Tensor]:
-    """Draw the top left corner of one window a sample; return masks over rows and columns."""
-    h, w = size
-    masks = []
-    for axis, (n, length) in enumerate(((h, side[0]), (w, side[1]))):
-        corner = p.draws.fold(2 * stream + axis).integers(n - length + 1)[:, None]
-        line = torch.arange(n, device=p.x0.device)[None]
-        masks.append((line >= corner) & (line < corner + length))
-    return masks[0], masks[1]
-
-
-def _sides(share: float, h: int, w: int, least: int = 1) -> tuple[int, int]:
-    side = max(round((share * h * w) ** 0.5), least)
+def _sides(share: float, h: int, w: int) -> tuple[int, int]:
+    """Return height and width of a window that covers this share of an image, a square where there is room."""
     if h == 1:
         return 1, min(max(round(share * w), 1), w)
+    side = max(round((share * h * w) ** 0.5), 1)
     return min(side, h), min(side, w)
+
+
+def _window(p: Problem, sides: tuple[int, int], size: tuple[int, int], stream: int) -> tuple[Tensor, Tensor]:
+    """Draw where one window a sample lies; return masks over rows (b, h) and columns (b, w)."""
+
+    def line(axis: int) -> Tensor:
+        corner = p.draws.fold(2 * stream + axis).integers(size[axis] - sides[axis] + 1)[:, None]
+        at = torch.arange(size[axis], device=p.x0.device)[None]
+        return (at >= corner) & (at < corner + sides[axis])
+
+    return line(0), line(1)
+
+
+def _cells(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the mask (b, 1, h, w) of the window that masks over rows and columns span."""
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def _stripes(p: Problem) -> Inputs:
@@ -103,89 +112,79 @@ def _stripes(p: Problem) -> Inputs:
 
 
 def _repaint(p: Problem, kept: Inputs, share: float) -> Inputs:
+    """Give one window x0 + eps or x0 - eps, by channel (algorithm 2)."""
     c, h, w = _image(p.x0.shape)
-    rows, columns = _windows(p, _sides(share, h, w), (h, w), 0)
-    window = (rows[:, None, :, None] & columns[:, None, None, :]).expand(-1, c, h, w).reshape(p.x0.shape)
+    window = _cells(*_window(p, _sides(share, h, w), (h, w), 0)).expand(-1, c, h, w).reshape(p.x0.shape)
     signs = p.draws.fold(9).signs((c, 1, 1), p.x0.dtype).expand(-1, c, h, w).reshape(p.x0.shape)
-    painted = (p.x0 + per_sample(p.radius, p.x0) * signs).clamp(p.lower, p.upper)
-    return torch.where(window, painted, kept)
+    return p.project(torch.where(window, p.x0 + per_sample(p.radius, p.x0) * signs, kept))
 
 
-def _pyramid(side: int) -> Tensor:
-    """Return the paper's eta: squares around the centre, each adding 1 over the square of its distance, unit length."""
-    at = torch.arange(side, dtype=torch.float64)
-    rings = torch.minimum(at, side - 1 - at)
-    depth = torch.minimum(rings[:, None], rings[None, :])
-    steps = torch.cumsum(1 / (torch.arange(side // 2 + 1, 0, -1, dtype=torch.float64) ** 2), 0)
-    shape = steps[depth.long()]
-    return shape / shape.norm()
+def _pyramid(h: int, w: int) -> Tensor:
+    """Return rectangles around the centre, piled up, the q-th from inside 1 / (q + 1)^2 high; of unit length (eq. 2)."""
+    away = torch.maximum((torch.arange(h) - h // 2).abs()[:, None], (torch.arange(w) - w // 2).abs())
+    heights = 1 / torch.arange(1, max(h, w) // 2 + 2, dtype=torch.float64).square()
+    pile = heights.flip(0).cumsum(0).flip(0)[away]
+    return pile / pile.norm()
 
 
-def _eta(h: int, w: int) -> Tensor:
-    """Return a window h x w with a positive and a negative pyramid side by side (algorithm 3)."""
-    if h == 1:
-        half = w // 2
-        line = torch.cat([torch.ones(half), -torch.ones(w - half)]).double()[None]
-        return line / line.norm()
-    side = max(h, w)
-    half = side // 2
-    eta = torch.zeros(side, side, dtype=torch.float64)
-    eta[:half] = _stretch(_pyramid(side), half)
-    eta[half:] = -_stretch(_pyramid(side), side - half)
-    eta = eta[:h, :w]
-    return eta / eta.norm()
+def _pair(h: int, w: int) -> Tensor:
+    """Return a pyramid up and, below it (beside it in a single row), one down: (h, w), of unit length."""
+    if h == 1 < w:
+        return _pair(w, 1).T
+    pair = torch.cat([_pyramid(h // 2, w), -_pyramid(h - h // 2, w)])
+    return pair / pair.norm()
 
 
-def _stretch(pyramid: Tensor, rows: int) -> Tensor:
-    """Squeeze a square pyramid into ``rows`` rows by picking rows evenly."""
-    at = (torch.arange(rows) + 0.5) * len(pyramid) / rows
-    return pyramid[at.long().clamp_max(len(pyramid) - 1)]
+def _pairs(p: Problem, sides: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """Draw pyramid pairs, one below or beside the other: (b, *shape, *sides)."""
+    upright, lying = (v.to(p.x0) for v in (_pair(*sides), _pair(*sides[::-1]).T))
+    turned = p.draws.fold(8).uniform(shape) < 0.5
+    return torch.where(turned[..., None, None], lying, upright)
 
 
 def _grid(p: Problem) -> Inputs:
+    """Tile the image with pyramid pairs, signs by channel; five by five tiles in a square image (algorithm 3)."""
     c, h, w = _image(p.x0.shape)
-    side = max(h, w) // 5 if h > 1 else w // 5
-    side = max(side, 1)
-    down = max(h // side, 1) if h > 1 else 1
-    tile = _eta(side if h > 1 else 1, side).to(p.x0)
-    across = max(w // side, 1)
-    signs = p.draws.signs((c, down, across), p.x0.dtype)
-    field = torch.zeros(len(p), c, h, w, dtype=p.x0.dtype, device=p.x0.device)
-    tiles = signs.repeat_interleave(tile.shape[0], 2).repeat_interleave(tile.shape[1], 3)
-    painted = tiles * tile.repeat(down, across)
-    field[:, :, : painted.shape[2], : painted.shape[3]] = painted
-    d = field.reshape(p.x0.shape)
-    return p.project(p.x0 + d * per_sample(p.radius / p.norm.size(d).clamp_min(TINY), d))
+    side = max((w if h == 1 else min(h, w)) // 5, 1)
+    high, wide = min(side, h), side
+    down, across = h // high, w // wide
+    signs = p.draws.signs((c, down, across), p.x0.dtype)[..., None, None]
+    tiles = _pairs(p, (high, wide), (1, down, across)) * signs
+    field = tiles.transpose(3, 4).reshape(len(p), c, down * high, across * wide)
+    left, top = (w - across * wide) // 2, (h - down * high) // 2
+    d = F.pad(field, (left, w - across * wide - left, top, h - down * high - top)).reshape(p.x0.shape)
+    return p.project(p.x0 + per_sample(p.radius, d) * p.norm.steepest(d))
 
 
 def _move_mass(p: Problem, kept: Inputs, share: float) -> Inputs:
-    """Empty a second window and give its mass, and what the ball has left, to the first (algorithm 3)."""
+    """Empty a second window; give its mass, and what the ball has left, to the first (algorithm 3)."""
     c, h, w = _image(p.x0.shape)
-    sides = _sides(share, h, w, least=3)
+    sides = _odd_sides(share, h, w)
     d = (kept - p.x0).view(len(p), c, h, w)
-    (r1, c1), (r2, c2) = (_windows(p, sides, (h, w), i) for i in (0, 1))
-    first, second = (r[:, None, :, None] & q[:, None, None, :] for r, q in ((r1, c1), (r2, c2)))
-    budget = (p.radius.square() - d.flatten(1).square().sum(1)).clamp_min(0)
-    union = torch.where(first | second, d, 0).flatten(2).square().sum(2)
-    lengths = (union + budget[:, None] / c).sqrt()
-    old = torch.where(first, d, 0)
-    old = old / old.flatten(2).norm(dim=2).clamp_min(TINY)[:, :, None, None]
-    eta = _eta(*sides).to(p.x0)
-    turned = p.draws.fold(8).uniform() < 0.5
-    if sides[0] == sides[1]:
-        eta = torch.where(turned[:, None, None], eta, eta.T)
-    placed = _place(eta, r1, c1)[:, None] * p.draws.fold(9).signs((c, 1, 1), p.x0.dtype)
-    new = placed + old
-    new = new / new.flatten(2).norm(dim=2).clamp_min(TINY)[:, :, None, None] * lengths[:, :, None, None]
+    (rows, columns), other = (_window(p, sides, (h, w), stream) for stream in (0, 1))
+    first, second = _cells(rows, columns), _cells(*other)
+    left = (p.radius.square() - d.flatten(1).square().sum(1)).clamp_min(0)
+    mass = (torch.where(first | second, d, 0).square().sum((2, 3)) + left[:, None] / c).sqrt()
+    old = _unit(torch.where(first, d, 0))
+    pair = _place(_pairs(p, sides, ()), rows, columns)[:, None] * p.draws.fold(9).signs((c, 1, 1), p.x0.dtype)
+    new = _unit(old + pair) * mass[:, :, None, None]
     d = torch.where(first, new, torch.where(second, 0, d))
-    return p.project(p.x0 + d.reshape(p.x0.shape))
+    return p.project(p.x0 + d.view(p.x0.shape))
 
 
-def _place(eta: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Put a window (or one a sample) where the masks over rows and columns say."""
-    eta = eta.expand(len(rows), *eta.shape[-2:])
-    inside_r, inside_c = (rows.cumsum(1) - 1).clamp_min(0), (columns.cumsum(1) - 1).clamp_min(0)
-    inside_r, inside_c = inside_r.clamp_max(eta.shape[1] - 1), inside_c.clamp_max(eta.shape[2] - 1)
-    at = torch.arange(len(rows), device=eta.device)[:, None, None]
-    spread = eta[at, inside_r[:, :, None], inside_c[:, None, :]]
-    return torch.where(rows[:, :, None] & columns[:, None, :], spread, 0)
+def _odd_sides(share: float, h: int, w: int) -> tuple[int, int]:
+    """Return sides of at least 3 and odd, as far as the image goes: a pyramid has a middle."""
+    high, wide = (max(n, 3) // 2 * 2 + 1 for n in _sides(share, h, w))
+    return min(high, h), min(wide, w)
+
+
+def _unit(d: Tensor) -> Tensor:
+    """Scale every channel of d (b, c, h, w) to unit length."""
+    return d / d.flatten(2).norm(dim=2).clamp_min(TINY)[:, :, None, None]
+
+
+def _place(pair: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Put one pair a sample (b, *sides) where the masks over rows and columns say: (b, h, w)."""
+    r, q = ((mask.cumsum(1) - 1).clamp_min(0) for mask in (rows, columns))
+    at = torch.arange(len(rows), device=pair.device)[:, None, None]
+    return torch.where(rows[:, :, None] & columns[:, None, :], pair[at, r[:, :, None], q[:, None, :]], 0)

@@ -1,0 +1,61 @@
+"""The command ``assay``: its help, and the table of its commands."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from assay import __version__
+from assay.cli.attack import attack
+from assay.cli.demo import demo
+from assay.cli.doctor import doctor
+from assay.cli.evaluate import evaluate
+from assay.cli.report import report
+
+_HELP = """
+How much can your classifier take?
+
+Assay attacks a model on every sample within a [bold]threat model[/bold], verifies every break with a fresh pass, keeps
+the results in a folder that survives any interruption, and writes a report.
+
+[bold]Start here[/bold]
+  assay demo                                                        see it work, in a minute
+  assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3     the same by hand
+  assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
+
+[bold]MODEL[/bold]   .pt2 (torch.export) | .safetensors or .pth weights with --arch module:callable | py:module:callable
+        demo:mnist-plain | demo:mnist-robust
+[bold]DATA[/bold]    a folder of class folders | .npz with x and y | .parquet with image and label | py:module:callable
+        demo:mnist
+[bold]THREAT[/bold]  norm:eps, eps in units of the input box before normalisation: linf:8/255, l2:0.5, l1:10
+
+[bold]Exit codes[/bold]  0 done, 1 a gate did not hold, 2 usage, 3 bad input, 4 the model misbehaved, 130 interrupted
+(everything so far is saved: the same command goes on).
+"""
+
+app = typer.Typer(
+    name="assay", help=_HELP, rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]}, add_completion=False,
+)  # fmt: skip
+for command in (evaluate, attack, report, demo, doctor):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"assay {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,192 @@
+"""``assay attack``: one attack by name."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from assay.cli import options as o
+from assay.core.registry import UnknownNameError, closest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from assay.attacks import Result, Runnable
+    from assay.data import Data
+    from assay.models import Model
+    from assay.threats import Threat
+
+BLOCK = 256
+
+
+@o.told
+def attack(
+    model: o.ModelArg,
+    data: o.DataArg,
+    with_: Annotated[str, typer.Option("--with", metavar="NAME", help="fgsm, bim, pgd, apgd, square, ...")],
+    threat: o.ThreatOpt = "linf:8/255",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the attack, e.g. steps=200.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(metavar="CLASS", help="Wanted class, by name or number.")] = None,
+    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Write adversarial images as PNG.")] = None,
+    arch: o.Arch = None,
+    box: o.BoxOpt = (0.0, 1.0),
+    mean: o.Mean = None,
+    std: o.Std = None,
+    trust_pickle: o.TrustPickle = False,
+    limit: o.Limit = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    batch_size: o.BatchSize = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run one attack on every sample that the model gets right, and say what it broke and what that cost.
+
+    \b
+    assay attack demo:mnist-plain demo:mnist --with fgsm --threat linf:0.1 --limit 200
+    assay attack demo:mnist-plain demo:mnist --with targeted-ascent --threat linf --target 4 --limit 20 --save-images out
+    """
+    import torch
+
+    from assay.attacks import get
+    from assay.data import load_data
+    from assay.evaluation.preflight import check_data, check_model
+    from assay.threats import Threat
+
+    chosen = get(with_, **_parameters(set_ or []))
+    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    place, parsed = o.device_of(device), Threat.parse(threat)
+    findings = check_data(samples, net.domain)
+    parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
+    checked = check_model(net, samples, parsed, place)
+    wanted = None if target is None else _class(target, samples, checked.classes)
+    parsed = Threat(parsed.norm, parsed.eps, parsed.box, targeted=wanted is not None)
+    tally = _Tally(save_images, samples)
+    for start in range(0, len(samples), batch_size or BLOCK):
+        rows = torch.arange(start, min(start + (batch_size or BLOCK), len(samples)))
+        tally.add(_attack_rows(chosen, checked.model, samples, rows, parsed, wanted, seed, place), checked.model)
+    _show(
+        tally.summary() | {"attack": with_, "threat": threat, "target": wanted,
+                           "findings": [f.to_json() for f in (*findings, *checked.findings)]},
+        as_json=as_json, quiet=quiet,
+    )  # fmt: skip
+
+
+def _parameters(pairs: Iterable[str]) -> dict[str, str]:
+    parameters = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set takes NAME=VALUE, for example steps=200; got {pair!r}")
+        parameters[name.strip()] = value.strip()
+    return parameters
+
+
+def _class(text: str, data: "Data", classes: int) -> int:
+    names = list(data.class_names or [])
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < classes:
+        return int(text)
+    hint = closest(text, names) if names else f"Classes are 0 to {classes - 1}."
+    raise UnknownNameError(f"a class name, or a number below {classes}", repr(text), hint)
+
+
+def _attack_rows(
+    attack: "Runnable", model: "Model", data: "Data", rows: "Tensor", threat: "Threat", wanted: int | None,
+    seed: int, device: str,
+) -> "tuple[Tensor, Tensor, Result | None]":  # fmt: skip
+    """Attack those of some samples that are right (and not the wanted class already)."""
+    x, y = data.batch(rows), data.labels[rows]
+    with model.frozen(device) as live:
+        import torch
+
+        from assay.models import Door
+
+        right = Door(live, len(x)).logits(x.to(device), torch.arange(len(x), device=device)).argmax(1).cpu() == y
+    if wanted is not None:
+        right &= y != wanted
+    at = right.nonzero()[:, 0]
+    if not len(at):
+        return rows[at], y[at], None
+    goal = y[at] if wanted is None else torch.full_like(y[at], wanted)
+    return rows[at], y[at], attack(model, x[at], goal, threat, seed, indices=rows[at], device=device)
+
+
+class _Tally:
+    """Adds up what blocks of samples gave, and writes their images."""
+
+    def __init__(self, folder: Path | None, data: "Data") -> None:
+        self.folder, self.data = folder, data
+        self.attacked = self.broken = self.forwards = self.backwards = self.saved = self.survive = 0
+        self.sizes: list[float] = []
+
+    def add(self, part: "tuple[Tensor, Tensor, Result | None]", model: "Model") -> None:
+        rows, labels, r = part
+        if r is None:
+            return
+        self.attacked += len(rows)
+        self.broken += int(r.success.sum())
+        self.forwards += int(r.forwards.sum())
+        self.backwards += int(r.backwards.sum())
+        self.sizes += r.size[r.success].tolist()
+        if self.folder is not None:
+            self._save(rows[r.success], labels[r.success], r.x[r.success], model)
+
+    def _save(self, rows: "Tensor", labels: "Tensor", x: "Tensor", model: "Model") -> None:
+        """Write PNGs, read them back, and ask the model again: only what fools then is counted."""
+        from assay.data.png import read_png, write_png
+
+        assert self.folder is not None
+        box = model.domain
+        for i, y, image in zip(rows.tolist(), labels.tolist(), x, strict=True):
+            path = self.folder / f"{i:06d}-label-{y}.png"
+            write_png(path, (image - box.lo) / box.width)
+            with model.frozen() as live:
+                back = read_png(path).to(x) * box.width + box.lo
+                self.survive += int(live(back[None]).argmax(1)) != y
+            self.saved += 1
+
+    def summary(self) -> dict[str, Any]:
+        sizes = sorted(self.sizes)
+        images = {"saved": self.saved, "fool_when_read_back": self.survive, "folder": str(self.folder)}
+        return {
+            "n": len(self.data),
+            "attacked": self.attacked,
+            "broken": self.broken,
+            "success_rate": self.broken / self.attacked if self.attacked else None,
+            "median_size": sizes[len(sizes) // 2] if sizes else None,
+            "passes": {"forwards": self.forwards, "backwards": self.backwards},
+            "images": images if self.folder is not None else None,
+        }
+
+
+def _show(result: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        o.emit(result)
+        return
+    rate = "-" if result["success_rate"] is None else f"{result['success_rate']:.1%}"
+    sentence = f"{result['attack']} within {result['threat']} broke {result['broken']} of {result['attacked']} ({rate})"
+    if quiet:
+        typer.echo(sentence)
+        return
+    table = Table(title=sentence, box=None, show_header=False, title_justify="left", pad_edge=False)
+    each = max(result["attacked"], 1)
+    table.add_row("samples", f"{result['n']}, of which {result['attacked']} were right and attacked")
+    if result["median_size"] is not None:
+        table.add_row("median size", f"{result['median_size']:.4g}")
+    passes = result["passes"]
+    table.add_row("passes a sample", f"{passes['forwards'] / each:.1f} forward, {passes['backwards'] / each:.1f} backward")
+    if images := result["images"]:
+        table.add_row(
+            "images", f"{images['saved']} in {images['folder']}; {images['fool_when_read_back']} still fool when read back"
+        )
+    for finding in result["findings"]:
+        table.add_row(f"{finding['severity']}: {finding['code']}", finding["message"])
+    Console(highlight=False).print(table)

@@ -1,0 +1,147 @@
+"""What commands share: their options, what they load, and how they end."""
+
+import functools
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeAlias, TypeVar
+
+import typer
+from rich.console import Console
+
+from assay.core.errors import AssayError
+
+if TYPE_CHECKING:
+    from assay.models import Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INTERRUPTED = 130
+
+_INPUT, _RUN, _SHOW = "Model and data", "Run", "Output"
+
+ModelArg: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help="A model file or name; see `assay --help`.")]
+DataArg: TypeAlias = Annotated[str, typer.Argument(metavar="DATA", help="Images with labels; see `assay --help`.")]
+Arch: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="MODULE:CALLABLE", help="Builds the network for weight files.", rich_help_panel=_INPUT),
+]
+BoxOpt: TypeAlias = Annotated[
+    tuple[float, float],
+    typer.Option("--box", metavar="LO HI", help="Input domain before normalisation.", rich_help_panel=_INPUT),
+]
+Mean: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="M[,M...]", help="Per channel; subtracted inside.", rich_help_panel=_INPUT)
+]
+Std: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="S[,S...]", help="Per channel; divided by inside.", rich_help_panel=_INPUT)
+]
+TrustPickle: TypeAlias = Annotated[
+    bool,
+    typer.Option("--trust-pickle", help="Unpickle files, which runs code from them.", rich_help_panel=_INPUT),
+]
+Limit: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Use only the first N samples.", rich_help_panel=_INPUT)
+]
+ThreatOpt: TypeAlias = Annotated[
+    str, typer.Option("--threat", metavar="NORM[:EPS]", help="linf:8/255, l2:0.5, ...; without eps: smallest sizes.")
+]
+Out: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder of the run (default: runs/ and a name).", rich_help_panel=_RUN)
+]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Of all random numbers.", rich_help_panel=_RUN)]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... (default: cuda if present).", rich_help_panel=_RUN)
+]
+BatchSize: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Samples in work together; changes no result.", rich_help_panel=_RUN)
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, nothing else.", rich_help_panel=_SHOW)
+]
+Quiet: TypeAlias = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, no tables: the verdict only.", rich_help_panel=_SHOW)
+]
+NoResume: TypeAlias = Annotated[
+    bool, typer.Option("--no-resume", help="Refuse to go on with an existing run.", rich_help_panel=_RUN)
+]
+
+errors = Console(stderr=True, highlight=False)
+
+
+def told(command: Callable[P, R]) -> Callable[P, R]:
+    """End a command with a sentence and the right exit code instead of a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except AssayError as e:
+            errors.print(f"[bold red]error[/bold red] ({type(e).__name__})", end=" ")
+            errors.print(str(e), markup=False, soft_wrap=True)
+            raise typer.Exit(e.exit_code) from e
+        except KeyboardInterrupt:
+            errors.print("interrupted before the first samples were stored; to start again:")
+            errors.print(f"  {command_line()}", markup=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def command_line() -> str:
+    """Return the command that is running, ready to be pasted into a shell."""
+    return shlex.join(["assay", *sys.argv[1:]])
+
+
+def emit(result: Any) -> None:
+    """Print the one JSON object of ``--json``."""
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Read ``0.5,0.5,0.5``."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.485,0.456,0.406") from None
+
+
+def device_of(wanted: str | None) -> str:
+    """Return the device to use, after checking that it is there."""
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as e:
+        raise typer.BadParameter(f"no device {wanted!r} here ({str(e).splitlines()[0]})") from None
+    return wanted
+
+
+def model_of(
+    source: str, arch: str | None, box: tuple[float, float], mean: str | None, std: str | None, *, trust_pickle: bool
+) -> "Model":
+    """Load MODEL, saying aloud what is trusted."""
+    from assay.models.loaders import load_model
+
+    if trust_pickle:
+        errors.print(f"trusting {source}: unpickling it runs whatever code it holds", markup=False)
+    return load_model(
+        source, arch=arch, box=box, mean=numbers(mean), std=numbers(std), trust_pickle=trust_pickle
+    )
+
+
+def run_folder(*settings: Any) -> Path:
+    """Name a run after its settings, so that the same command finds its run again."""
+    words = [str(s).removesuffix("/").rsplit("/", 1)[-1].split(":")[-1] for s in settings[:2]]
+    threat = str(settings[2]).replace("/", "over").replace(":", "-")
+    mark = hashlib.sha256(json.dumps([str(s) for s in settings]).encode()).hexdigest()[:6]
+    name = "-".join([*words, threat, mark])
+    return Path("runs") / "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

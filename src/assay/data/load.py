@@ -1,0 +1,121 @@
+"""The one table of the forms that data comes in."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+from assay.core.errors import DataError
+from assay.core.registry import closest
+from assay.data.arrays import npz
+from assay.data.data import Data
+from assay.data.images import folder
+from assay.data.mnist import demo
+from assay.data.named import call_named
+from assay.data.objects import from_object
+from assay.data.parquet import parquet
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for: ``rest`` is the text after the scheme, or the path."""
+
+    rest: str
+    limit: int | None
+    trust_pickle: bool
+
+    @property
+    def path(self) -> Path:
+        return Path(self.rest)
+
+
+Form: TypeAlias = Callable[[Request], Data]
+
+
+def _named(r: Request) -> Data:
+    return from_object(call_named(r.rest, DataError, "data"), f"py:{r.rest}", limit=r.limit)
+
+
+def _hugging_face(r: Request) -> Data:
+    raise DataError(
+        "a form of data that is understood",
+        f"hf:{r.rest}, which is not yet",
+        "Save it as a folder of class folders, or use the .parquet file that the data set is made of.",
+    )
+
+
+# The seam for further forms: a scheme ends in a colon, a suffix starts with a dot, "/" is a folder.
+FORMS: dict[str, Form] = {
+    "/": lambda r: folder(r.path),
+    ".npz": lambda r: npz(r.path, trust_pickle=r.trust_pickle),
+    ".parquet": lambda r: parquet(r.path),
+    "demo:": lambda r: demo(r.rest),
+    "hf:": _hugging_face,
+    "py:": _named,
+}
+
+_FORMS_TEXT = (
+    "a folder of class folders, .npz with x and y, .parquet with image and label, demo:mnist, "
+    "or py:module:callable"
+)
+
+
+def load_data(source: Any, *, limit: int | None = None, trust_pickle: bool = False) -> Data:
+    """Load data in any form that is understood. Images are decoded when used, see :meth:`Data.check`.
+
+    Args:
+        source: as text or path: a folder of class folders of images, a ``.npz`` file with ``x`` and ``y``, a
+            ``.parquet`` file with ``image`` and ``label``, ``demo:mnist``, or ``py:module:callable``. Or an
+            object: (x, y) of tensors or arrays, a map-style ``torch.utils.data.Dataset``, a ``DataLoader``,
+            or :class:`Data`.
+        limit: take that many samples from the start.
+        trust_pickle: unpickle what a ``.npz`` file has pickled, which runs code from the file.
+
+    Raises:
+        DataError: the source is not there, not understood, damaged, or empty.
+
+    Example:
+        >>> import numpy as np
+        >>> data = load_data((np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 0]))
+        >>> len(data), data.shape
+        (3, (3, 8, 8))
+    """
+    if isinstance(source, str | os.PathLike):
+        data = _load_text(os.fspath(source), limit, trust_pickle)
+    else:
+        data = from_object(source, f"python:{type(source).__name__}", limit=limit)
+    return data if limit is None else data.head(limit)
+
+
+def _load_text(source: str, limit: int | None, trust_pickle: bool) -> Data:
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source)
+    if scheme and scheme[0] in FORMS:
+        return FORMS[scheme[0]](Request(source[scheme.end() :], limit, trust_pickle))
+    path = Path(source)
+    if not path.exists():
+        if scheme:
+            raise DataError(
+                _FORMS_TEXT, f"{source!r}", closest(scheme[0], [f for f in FORMS if f[-1] == ":"])
+            )
+        raise DataError(
+            f"data that is there: {_FORMS_TEXT}", f"no file or folder {source!r}", "Check the path."
+        )
+    form = "/" if path.is_dir() else path.suffix.lower()
+    if form not in FORMS:
+        raise DataError(_FORMS_TEXT, f"the file {source!r}", "Convert it to one of these forms.")
+    if form != "/":
+        _readable(path)
+    return FORMS[form](Request(source, limit, trust_pickle))
+
+
+def _readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as e:
+        raise DataError("a file that can be read", f"{path}: {e.strerror}", "Check its permissions.") from e
+    if empty:
+        raise DataError("a file with samples", f"{path} has 0 bytes", "Make it anew.", code="empty-data")

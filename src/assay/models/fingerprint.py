@@ -1,0 +1,119 @@
+"""Which model this is: a digest of all that its answers depend on, as far as that can be read."""
+
+import functools
+import hashlib
+import re
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from assay.models.model import Model
+
+
+def fingerprint(model: Model) -> str:
+    """Return the SHA-256, in hex, of a model.
+
+    It covers box, mean, std, samples and probabilities, and of the net: for a module its structure, the code
+    of ``forward`` in classes that are not torch's, and names, types, shapes and values of parameters and
+    buffers; for another callable its qualified name, its code, and the modules, tensors, arrays and functions
+    that it holds. What a callable may change while it is used, such as a counter, and globals are left out.
+    """
+    digest = hashlib.sha256()
+    normalisation = [None if v is None else _numbers(v) for v in (model.mean, model.std)]
+    settings = (model.domain.lo, model.domain.hi, normalisation, model.samples, model.probabilities)
+    digest.update(repr(settings).encode())
+    for piece in _pieces(model.net, set()):
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _numbers(v: Any) -> Any:
+    return torch.as_tensor(v, dtype=torch.float64).tolist()
+
+
+def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
+    """Yield bytes that tell a value from others; an object that is met again adds nothing."""
+    if isinstance(value, int | float | str | None):
+        yield _written(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield from _module(value)
+    elif isinstance(value, Tensor):
+        yield from _tensor("", value)
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
+    elif isinstance(value, functools.partial):
+        yield _written(sorted(value.keywords))
+        yield from _each((value.func, *value.args, *value.keywords.values()), seen)
+    elif isinstance(value, types.MethodType):
+        yield from _each((value.__func__, value.__self__), seen)
+    elif isinstance(value, types.FunctionType):
+        yield value.__qualname__.encode()
+        yield from _code(value.__code__)
+        yield from _each(
+            (*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())), seen
+        )
+    else:
+        yield from _other(value, seen)
+
+
+def _each(values: Iterable[Any], seen: set[int]) -> Iterator[bytes]:
+    for v in values:
+        yield from _pieces(v, seen)
+
+
+def _other(value: Any, seen: set[int]) -> Iterator[bytes]:
+    """Yield the class of an object, the code of its call, and what it holds that may compute."""
+    yield f"{_name(type(value))} {getattr(value, '__qualname__', '')}".encode()
+    held = {"": vars(type(value)).get("__call__"), **getattr(value, "__dict__", {})}
+    for name, v in held.items():
+        if isinstance(v, nn.Module | Tensor | np.ndarray | types.FunctionType | types.MethodType):
+            yield name.encode()
+            yield from _pieces(v, seen)
+
+
+def _module(module: nn.Module) -> Iterator[bytes]:
+    yield _written(module)
+    for name, m in module.named_modules():
+        yield f"{name} {_name(type(m))}".encode()
+        forward = type(m).forward
+        if isinstance(m, torch.fx.GraphModule):
+            yield m.code.encode()
+        elif not type(m).__module__.startswith("torch.") and isinstance(forward, types.FunctionType):
+            yield from _code(forward.__code__)
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        yield from _tensor(name, t)
+
+
+def _tensor(name: str, t: Tensor) -> Iterator[bytes]:
+    yield f"{name} {t.dtype} {tuple(t.shape)}".encode()
+    yield t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _code(code: types.CodeType) -> Iterator[bytes]:
+    """Yield what code does; not where it stands."""
+    yield code.co_code
+    yield repr((code.co_names, code.co_varnames, code.co_freevars)).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code(constant)
+        else:
+            yield _written(constant)
+
+
+def _written(value: Any) -> bytes:
+    """Write a value without what differs between two runs: addresses, and the order of sets."""
+    text = repr(sorted(map(repr, value))) if isinstance(value, set | frozenset) else repr(value)
+    return re.sub(r"0x[0-9a-f]+", "", text).encode()
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,128 @@
+"""The one table of the forms that models come in."""
+
+import importlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from assay.core.errors import ModelError
+from assay.models.loaders.request import Arch, Loaded, Request
+from assay.models.model import Model
+from assay.threats.threat import Box
+
+# The seam for further forms. A scheme ends in a colon, a suffix starts with a dot; the value is the module
+# beside this one whose ``load(request)`` returns a Loaded or a Model. It is imported only when it is needed.
+FORMS: dict[str, str] = {
+    ".ckpt": "pickled",
+    ".pt": "pickled",
+    ".pt2": "exported",
+    ".pth": "pickled",
+    ".safetensors": "tensors",
+    ".th": "pickled",
+    "demo:": "demo",
+    "py:": "named",
+}
+LATER = (".onnx", ".keras", "timm:", "hf:")
+
+_FORMS_TEXT = (
+    "a model file (.pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
+)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    arch: Arch | None = None,
+    box: Box | tuple[float, float] = (0, 1),
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    trust_pickle: bool = False,
+) -> Model:
+    """Load a model in any form that is understood.
+
+    Args:
+        source: ``.pt2`` (a program of ``torch.export``); weights as ``.safetensors``, or as a state dict in
+            ``.pth``, ``.pt``, ``.th`` or ``.ckpt``, with ``arch``; ``py:module:callable`` that returns a
+            network or a :class:`Model`; ``demo:mnist-plain``, ``demo:mnist-robust``.
+        arch: builds the network that weights belong to: ``module:callable``, ``demo:NAME``, or the callable.
+        box: the input domain before normalisation.
+        mean: per channel, applied inside the model.
+        std: per channel, applied inside the model.
+        trust_pickle: unpickle the file, and load programs unchecked; both can run code from the file.
+
+    Raises:
+        ModelError: the file is not there, damaged, not understood, would run code, or does not fit ``arch``.
+
+    Example:
+        >>> import torch
+        >>> load_model("demo:mnist-plain")(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    source = os.fspath(source)
+    form, rest = _form(source)
+    loaded = importlib.import_module(f"assay.models.loaders.{FORMS[form]}").load(
+        Request(source, rest, arch, trust_pickle)
+    )
+    if isinstance(loaded, Model):
+        return _settled(loaded, source, box, mean, std)
+    assert isinstance(loaded, Loaded)
+    return Model(
+        loaded.net,
+        box,
+        mean,
+        std,
+        name=rest.rpartition(":")[2] if form[-1] == ":" else Path(rest).stem,
+        rows=loaded.rows,
+        fixed_rows=loaded.fixed_rows,
+    )
+
+
+def _form(source: str) -> tuple[str, str]:
+    """Return the key of the table for a source, and the text after the scheme or the path."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source)
+    key = scheme[0] if scheme else Path(source).suffix.lower()
+    if key in LATER:
+        raise ModelError(
+            _FORMS_TEXT,
+            f"{source!r}: {key} is not understood yet",
+            "Name a function that builds the network as py:module:callable, or save it with torch.export.",
+        )
+    if scheme and key in FORMS:
+        return key, source[scheme.end() :]
+    path = Path(source)
+    if not path.exists():
+        raise ModelError(f"a model: {_FORMS_TEXT}", f"no file {source!r}", "Check the path.")
+    if path.is_dir() or key not in FORMS:
+        what = "folder" if path.is_dir() else "file"
+        raise ModelError(_FORMS_TEXT, f"the {what} {source!r}", "Save the model in one of these forms.")
+    _readable(path)
+    return key, source
+
+
+def _readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as e:
+        raise ModelError("a file that can be read", f"{path}: {e.strerror}", "Check its permissions.") from e
+    if empty:
+        raise ModelError("a model file", f"{path} has 0 bytes", "Save or copy it anew.")
+
+
+def _settled(
+    model: Model,
+    source: str,
+    box: Box | tuple[float, float],
+    mean: Sequence[float] | float | None,
+    std: Sequence[float] | float | None,
+) -> Model:
+    """Return a model that the user's function made, after checking that nothing else was said about it."""
+    said = box if isinstance(box, Box) else Box(*box)
+    if mean is not None or std is not None or said not in (Box(), model.domain):
+        raise ModelError(
+            f"box, mean and std given once: {source} returns a Model that has its own",
+            f"box={said}, mean={mean}, std={std} beside it",
+            "Leave out --box, --mean and --std.",
+        )
+    return model

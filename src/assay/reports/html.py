@@ -1,0 +1,210 @@
+"""The report: one HTML file that needs nothing else, neither network nor script, to be read."""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from assay.core.errors import RunError
+from assay.reports import text
+from assay.reports.figures import confusions, curve
+from assay.reports.gallery import Card, gallery
+from assay.reports.summary import ClassRow, Manifest, Summary, dig, rows, summarize
+from assay.reports.table import median_size, sentence
+from assay.runs import Run
+
+_MOST_CLASSES = 20
+
+
+def write_report(run: Run, out: Path | None = None) -> Path:
+    """Write the report of a run, finished or not, and return where it is.
+
+    Args:
+        run: to be read; nothing is computed that would need the model.
+        out: the file, or an existing folder to put ``report.html`` in; the run's own folder by default.
+
+    Raises:
+        RunError: the run cannot be read, or the file cannot be written.
+    """
+    file = run.path / "report.html" if out is None else Path(out)
+    if file.is_dir():
+        file = file / "report.html"
+    page = render(run)
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"a place that can be written for {file.name}", str(e), "Choose another --out.") from e
+    return file
+
+
+def render(run: Run) -> str:
+    """Return the report as text."""
+    samples = run.samples()
+    s = summarize(run.manifest, samples)
+    cards, trouble = _cards(run, s, samples)
+    script = _part("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return _environment().get_template("report.html.j2").render(
+        s=s, run=run.path.resolve().name, command=str(run.manifest.get("command") or ""),
+        version=str(run.manifest.get("assay") or ""), verdict=sentence(s, samples),
+        median=median_size(samples) if s.eps is None else None,
+        curve=curve(s, samples), confusions=confusions(samples), cards=cards, trouble=trouble,
+        classes=_weakest_first(s.classes), most_classes=_MOST_CLASSES, facts=list(_facts(s)),
+        sheets=_sheets(run.manifest, s), attacks=_attacks(run.manifest),
+        raw=json.dumps(run.manifest, indent=2, ensure_ascii=False),
+        style=Markup(_part("report.css")), script=Markup(script), digest=digest,
+    )  # fmt: skip
+
+
+def _part(name: str) -> str:
+    return resources.files("assay.reports").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("assay.reports"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "percent": text.percent, "count": text.count, "duration": text.duration,
+        "together": together, "size_of": _length,
+    }  # fmt: skip
+    environment.globals |= {"span": text.span, "plural": text.plural}
+    return environment
+
+
+def together(sentence: str) -> Markup:
+    """Keep each number and its percent sign on one line."""
+    return Markup(re.sub(r"(\d[\d.,]* %)", r'<span class="nb">\1</span>', str(escape(sentence))))
+
+
+def _length(share: float | None) -> str:
+    """Write a share as a CSS length."""
+    return f"{100 * min(1.0, max(0.0, share or 0.0)):.2f}%"
+
+
+def _cards(run: Run, s: Summary, samples: pa.Table) -> tuple[tuple[Card, ...], str]:
+    """Return the gallery, and a sentence where the stored inputs cannot be read."""
+    box = dig(run.manifest, "model", "box") or dig(run.manifest, "identity", "threat", "box")
+    try:
+        return gallery(s, samples, run.adversarials(), box), ""
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as e:
+        return (
+            (),
+            f"The stored adversarial inputs cannot be read ({type(e).__name__}), so no pictures are shown.",
+        )
+
+
+def _weakest_first(classes: tuple[ClassRow, ...]) -> tuple[ClassRow, ...]:
+    """Keep few classes in their order, and sort many by robust accuracy: only the first are seen at once."""
+    if len(classes) <= _MOST_CLASSES:
+        return classes
+    return tuple(sorted(classes, key=lambda c: (c.robust.value or 0, c.clean.value or 0, c.number or 0)))
+
+
+def _facts(s: Summary) -> Iterator[tuple[str, str]]:
+    """Yield what an honest reader has to know beside the verdict: (kind, sentence)."""
+    if s.complete:
+        yield "good", f"Complete: all {text.plural(s.n, s.noun)} were evaluated."
+    else:
+        of = f" of {text.count(s.planned)}" if s.planned else ""
+        held = "the figures hold for those only" if s.n else "nothing is stored yet"
+        yield "bad", f"Interrupted after {text.count(s.n)}{of} {s.noun}s: {held}."
+    if s.n:
+        bound = (
+            "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
+        )
+        yield "plain", f"An upper bound on the truth: {bound}."
+    if s.certified.value is not None:
+        yield (
+            "plain",
+            f"A lower bound as well: {text.percent(s.certified.value)} is proven, against every attack.",
+        )
+    if s.claimed is not None:
+        yield _verified(s.claimed, s.rejected or 0)
+    if s.passes:
+        yield (
+            "plain",
+            (
+                f"{text.count(s.forwards)} forward and {text.count(s.backwards)} backward passes, "
+                f"{text.count(s.per_sample)} per {s.noun}, in {text.duration(s.seconds)}."
+            ),
+        )
+
+
+def _verified(claimed: int, rejected: int) -> tuple[str, str]:
+    if not claimed:
+        return "plain", "No attack claimed an adversarial input, so there was none to verify."
+    how = "in float32, outside the attack"
+    if not rejected:
+        return (
+            "good",
+            f"All {text.plural(claimed, 'adversarial input')} verified by a fresh forward pass {how}.",
+        )
+    kept = text.plural(claimed - rejected, "adversarial input")
+    return "plain", (
+        f"{kept} verified by a fresh forward pass {how}; "
+        f"{text.count(rejected)} of {text.count(claimed)} claims did not hold and do not count."
+    )
+
+
+def _sheets(manifest: Manifest, s: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the manifest as titled lists of names and values."""
+    identity = {
+        k: v for k, v in _items(manifest, "identity") if k not in ("threat", "stages", "model", "data")
+    }
+    sheets = [
+        ("Model", dict(_items(manifest, "model"))),
+        ("Data", {k: v for k, v in _items(manifest, "data") if k != "class_names"}),
+        ("Threat", {"": s.threat, **dict(_items(manifest, "identity", "threat"))}),
+        ("Settings", identity | {"tolerance": manifest.get("tolerance")}),
+        ("Machine", dict(_items(manifest, "machine"))),
+        (
+            "Run",
+            {k: _moment(manifest.get(k)) for k in ("created", "updated")} | {"assay": manifest.get("assay")},
+        ),
+    ]
+    return [
+        (title, [(k, text.call(v)) for k, v in sheet.items() if k and v is not None])
+        for title, sheet in sheets
+    ]
+
+
+def _items(manifest: Manifest, *keys: str) -> list[tuple[str, Any]]:
+    found = dig(manifest, *keys)
+    return [(str(k), v) for k, v in found.items()] if isinstance(found, dict) else []
+
+
+def _moment(value: Any) -> str | None:
+    """Write a time for people: ``21 November 2026, 05:30 UTC``."""
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None if value is None else str(value)
+    zone = "UTC" if moment.utcoffset() is not None and not moment.utcoffset() else moment.strftime("%z")
+    return f"{moment.day} {moment:%B %Y, %H:%M} {zone}".strip()
+
+
+def _attacks(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the stages of the cascade with their parameters."""
+    found = rows(dig(manifest, "identity", "stages"))
+    return [(str(stage.get("name", "?")), text.call(stage.get("attack") or {})) for stage in found]

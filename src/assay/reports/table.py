@@ -1,0 +1,168 @@
+"""A run in the terminal: one sentence, a compact summary, several runs side by side."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from assay.reports.summary import Manifest, Rate, Summary, summarize
+from assay.reports.text import DASH, NORMS, count, duration, percent, plural, span
+from assay.runs import Run
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def verdict(manifest: Manifest, samples: pa.Table | None = None) -> str:
+    """Say in one plain sentence what the run found.
+
+    Args:
+        manifest: of the run, complete or not.
+        samples: the run's table; with it, a run without eps can say its median size.
+
+    Example:
+        >>> verdict({"complete": False})
+        'This run of the model was interrupted before any sample was finished: there is no result.'
+    """
+    return sentence(summarize(manifest, samples), samples)
+
+
+def sentence(s: Summary, samples: pa.Table | None = None) -> str:
+    """Say the verdict of a summary."""
+    if not s.n or s.clean.value is None:
+        why = "holds no samples" if s.complete else f"was interrupted before any {s.noun} was finished"
+        return f"This run of {s.model} {why}: there is no result."
+    said = _measured(s, samples) if s.eps is None else _withstood(s)
+    if s.complete:
+        return said[0].upper() + said[1:]
+    of = f" of {count(s.planned)}" if s.planned else ""
+    return f"Interrupted after {count(s.n)}{of} {s.noun}s: {said}"
+
+
+def _withstood(s: Summary) -> str:
+    these = plural(s.n, s.noun) if s.complete else f"these {plural(s.n, s.noun)}"
+    proven = f", and {percent(s.certified.value)} is proven" if s.certified.value is not None else ""
+    return (
+        f"{_within(s)}, {s.model} still classifies {percent(s.robust.value)} of {these} correctly"
+        f"{_interval(s, s.robust)}; without an attacker it is {percent(s.clean.value)}{proven}."
+    )
+
+
+def _within(s: Summary) -> str:
+    facing = " and facing an attacker who wants a chosen class" if s.targeted else ""
+    if s.norm == "l0" and s.eps is not None:
+        return f"with at most {plural(int(s.eps), 'value')} changed{facing}"
+    if s.norm in NORMS:
+        return f"within an {NORMS[s.norm]} ball of {s.eps_text}{facing}"
+    return f"under the threat {s.threat}{facing}"
+
+
+def _interval(s: Summary, r: Rate) -> str:
+    return "" if r.low is None else f" ({100 * s.confidence:.6g} % interval {span(r.low, r.high)})"
+
+
+def _measured(s: Summary, samples: pa.Table | None) -> str:
+    """Say the result of a run without eps: how far the attacker has to go."""
+    head = (
+        f"without an attacker, {s.model} classifies {percent(s.clean.value)} of {plural(s.n, s.noun)} "
+        f"correctly{_interval(s, s.clean)}"
+    )
+    norm = NORMS.get(s.norm, s.norm)
+    middle = None if samples is None else median_size(samples)
+    if middle is None:
+        return f"{head}; the run measured the smallest {norm} change that fools it on each of them."
+    if not np.isfinite(middle):
+        return f"{head}; no {norm} change that fools it was found for at least half of those."
+    return f"{head}; half of those are fooled by an {norm} change of {s.units.show(middle)} or less."
+
+
+def median_size(samples: pa.Table) -> float | None:
+    """Return the size that fools half of the right samples; ``inf`` where so many were not fooled."""
+    right = np.asarray(samples["status"].to_pylist(), dtype=object) != "misclassified"
+    sizes = np.sort(samples["size"].to_numpy()[right])
+    return float(sizes[(len(sizes) - 1) // 2]) if len(sizes) else None
+
+
+def print_run(run: Run | Manifest, console: Console) -> None:
+    """Print a compact summary: the verdict, the rates, what it cost, the stages, the findings."""
+    manifest, samples = (run.manifest, run.samples()) if isinstance(run, Run) else (run, None)
+    s = summarize(manifest, samples)
+    console.print(Text(sentence(s, samples), style="bold"))
+    console.print()
+    console.print(Padding(_rates(s), (0, 0, 0, 2)))
+    if s.stages:
+        console.print()
+        console.print(Padding(_stage_table(s), (0, 0, 0, 2)))
+    console.print()
+    _print_findings(s, console)
+
+
+def _rates(s: Summary) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(justify="right")
+    grid.add_column(style="dim")
+    for name, r in (("clean", s.clean), ("robust", s.robust), ("proven", s.certified)):
+        if r.value is not None:
+            grid.add_row(
+                name, Text(percent(r.value), style="bold"), span(r.low, r.high) if r.low is not None else ""
+            )
+    each = f"{count(s.forwards)} forward, {count(s.backwards)} backward" if s.passes is not None else ""
+    grid.add_row("passes per sample", count(s.per_sample), each)
+    grid.add_row("time", duration(s.seconds), "")
+    if s.claimed is not None:
+        rejected = f"{count(s.rejected)} of {count(s.claimed)} claims rejected" if s.rejected else ""
+        grid.add_row("verified", count(s.claimed - (s.rejected or 0)), rejected)
+    return grid
+
+
+def _plain_table(**options: bool) -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False, **options)  # type: ignore[arg-type]
+
+
+def _stage_table(s: Summary) -> Table:
+    table = _plain_table()
+    table.add_column("stage")
+    for head in ("entered", "broken", "still right", "passes/sample", "share of passes", "seconds"):
+        table.add_column(head, justify="right", overflow="fold")
+    for stage in s.stages:
+        table.add_row(
+            Text(stage.name), count(stage.entered), count(stage.broken), percent(stage.left),
+            count(stage.per_sample(stage.passes)), percent(stage.share), duration(stage.seconds),
+        )  # fmt: skip
+    return table
+
+
+def _print_findings(s: Summary, console: Console) -> None:
+    if not s.findings:
+        console.print(Text("No findings: nothing was seen that makes these numbers doubtful.", style="dim"))
+    for note in s.findings:
+        line = Text.assemble(
+            (note.severity, _COLOURS[note.severity]), " ", (note.code, "bold"), f"  {note.message}"
+        )
+        console.print(line)
+        if note.remedy:
+            console.print(Padding(Text(note.remedy, style="dim"), (0, 0, 0, 2)))
+
+
+def compare_table(runs: Iterable[Run | Manifest]) -> Table:
+    """Return several runs side by side, one row each, in the order given; passes are per sample."""
+    table = _plain_table()
+    for head in ("run", "model", "threat"):
+        table.add_column(head, overflow="fold")
+    for head in ("n", "clean", "robust", "interval", "passes", "seconds"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for run in runs:
+        name, manifest = (run.path.name, run.manifest) if isinstance(run, Run) else (DASH, run)
+        s = summarize(manifest, run.samples() if isinstance(run, Run) else None)
+        table.add_row(
+            Text(name), Text(s.model), Text(s.threat), count(s.n) + ("" if s.complete else "*"),
+            percent(s.clean.value), percent(s.robust.value), span(s.robust.low, s.robust.high),
+            count(s.per_sample), duration(s.seconds),
+        )  # fmt: skip
+        if not s.complete:
+            table.caption = "* interrupted"
+    return table

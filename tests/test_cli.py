@@ -1,0 +1,190 @@
+"""The command line as its users meet it: what it prints, where, and with which exit code."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import assay
+from assay.cli.app import app
+from assay.runs import Run
+
+
+def run(*args, cwd, check):
+    """Call the command in this process (a new one costs seconds of imports), in the folder ``cwd``."""
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", ["assay", *map(str, args)]):
+        done = CliRunner().invoke(app, [*map(str, args)], catch_exceptions=False)
+    assert done.exit_code == check, done.stdout + done.stderr
+    return done
+
+
+def test_the_command_is_installed_and_runs_as_a_module(tmp_path):
+    for command in (["assay"], [sys.executable, "-m", "assay"]):
+        found = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        done = subprocess.run([found, *command[1:], "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"assay {assay.__version__}\n"
+
+
+EVALUATE = ("evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "--effort", "quick", "--limit", 24)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One evaluation through the command line, with --json."""
+    folder = tmp_path_factory.mktemp("cli")
+    return run(*EVALUATE, "--json", "--out", "run", cwd=folder, check=0), folder / "run"
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout(finished):
+    done, folder = finished
+    result = json.loads(done.stdout)
+    assert {
+        "n", "clean_accuracy", "robust_accuracy", "certified_accuracy", "interval", "passes", "seconds", "findings", "run",
+    } <= result.keys()  # fmt: skip
+    assert result["n"] == 24
+    assert result["passes"].keys() == {"forwards", "backwards"}
+    assert len(Run.read(folder).samples()) == 24
+
+
+def test_an_evaluation_leaves_the_folder_of_the_contract(finished):
+    _, folder = finished
+    assert {p.name for p in folder.iterdir()} >= {"manifest.json", "samples", "adversarials", "report.html"}
+
+
+def test_report_writes_one_page(finished, tmp_path):
+    _, folder = finished
+    done = run("report", folder, "--out", tmp_path / "page.html", cwd=tmp_path, check=0)
+    assert done.stdout.strip().endswith("page.html")
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_the_same_command_goes_on_with_its_run_and_a_changed_one_gets_its_own(tmp_path):
+    run(*EVALUATE, "--quiet", cwd=tmp_path, check=0)
+    run(*EVALUATE, "--quiet", cwd=tmp_path, check=0)
+    assert len([*(tmp_path / "runs").iterdir()]) == 1
+    run(*EVALUATE, "--quiet", "--seed", 1, cwd=tmp_path, check=0)
+    assert len([*(tmp_path / "runs").iterdir()]) == 2
+    refused = run(*EVALUATE, "--quiet", "--no-resume", cwd=tmp_path, check=3)
+    assert "--no-resume" in refused.stderr
+
+
+def test_quiet_prints_the_verdict_only(finished, tmp_path):
+    _, folder = finished
+    done = run(*EVALUATE, "--quiet", "--out", folder, cwd=folder.parent, check=0)
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert "%" in done.stdout
+
+
+def test_help_teaches(tmp_path):
+    text = run("--help", cwd=tmp_path, check=0).stdout
+    for word in ("evaluate", "demo", "MODEL", "DATA", "linf:8/255", "Exit codes"):
+        assert word in text
+    assert "--threat" in run("evaluate", "--help", cwd=tmp_path, check=0).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["evaluate"], 2, "MODEL"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--effort", "huge"], 2, "quick"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "l7:1"], 3, "linf"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:8"], 3, "linf:8/255"),
+        (["evaluate", "demo:nothing", "demo:mnist", "--threat", "linf:0.3"], 3, "mnist-plain"),
+        (["evaluate", "nowhere.pth", "demo:mnist", "--threat", "linf:0.3"], 3, "nowhere.pth"),
+        (["evaluate", "demo:mnist-plain", "nowhere", "--threat", "linf:0.3"], 3, "nowhere"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--device", "cuda:99"], 2, "cuda:99"),
+        (["attack", "demo:mnist-plain", "demo:mnist", "--with", "pgdd"], 2, "Did you mean 'pgd'"),
+        (["attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--set", "stepz=3"], 2, "steps"),
+        (["attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--set", "steps=many"], 2, "steps"),
+        (["report", "nowhere"], 3, "manifest.json"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_the_right_code(args, code, says, tmp_path):
+    done = run(*args, cwd=tmp_path, check=code)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_misbehaves_ends_with_code_4(tmp_path):
+    (tmp_path / "mine.py").write_text("def net():\n    return lambda x: x.flatten(1)[:, :10] * float('nan')\n")
+    done = run("evaluate", "py:mine:net", "demo:mnist", "--threat", "linf:0.1", "--limit", 8, cwd=tmp_path, check=4)
+    assert "NaN" in done.stderr
+
+
+def test_attack_by_name_with_parameters(tmp_path):
+    args = ("attack", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.2", "--limit", 32, "--json")
+    one = json.loads(run(*args, "--with", "fgsm", cwd=tmp_path, check=0).stdout)
+    many = json.loads(run(*args, "--with", "pgd", "--set", "steps=10", "--set", "loss=margin", cwd=tmp_path, check=0).stdout)
+    assert 0 < one["broken"] <= many["broken"] <= many["attacked"] <= 32
+
+
+def test_attack_saves_images_that_are_asked_about_again(tmp_path):
+    args = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "targeted-ascent", "--threat", "linf", "--target", "4")
+    done = run(*args, "--limit", 12, "--save-images", "out", "--json", cwd=tmp_path, check=0)
+    result = json.loads(done.stdout)
+    files = sorted((tmp_path / "out").glob("*.png"))
+    assert len(files) == result["images"]["saved"] == result["broken"] > 0
+    model = assay.load_model("demo:mnist-plain")
+    x = torch.stack([torch.from_numpy(np.array(Image.open(f))).float()[None] / 255 for f in files])
+    truth = torch.tensor([int(f.stem.rsplit("-", 1)[1]) for f in files])
+    assert int((model(x).argmax(1) != truth).sum()) == result["images"]["fool_when_read_back"]
+
+
+def test_doctor_finds_this_installation_sound(tmp_path):
+    report = json.loads(run("doctor", "--json", cwd=tmp_path, check=0).stdout)
+    assert report["ok"]
+    assert {"torch", "devices", "demo model and data"} <= {p["part"] for p in report["parts"]}
+
+
+def test_demo_compares_the_two_shipped_models(tmp_path):
+    done = run("demo", "--limit", 16, "--effort", "quick", "--json", cwd=tmp_path, check=0)
+    result = json.loads(done.stdout)
+    assert result["mnist-robust"]["robust_accuracy"] > result["mnist-plain"]["robust_accuracy"]
+    assert (tmp_path / "runs/demo/comparison.txt").read_text()
+    assert (tmp_path / "runs/demo/mnist-plain/report.html").exists()
+
+
+def test_ctrl_c_ends_with_130_the_table_so_far_and_the_command_to_go_on(tmp_path):
+    args = ("evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "--limit", "400", "--batch-size", "4")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "assay", *args, "--out", "run"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not [*(tmp_path / "run" / "samples").glob("*.parquet")] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "assay evaluate demo:mnist-robust" in err
+    stored = Run.read(tmp_path / "run")
+    assert not stored.manifest["complete"]
+    assert 0 < stored.manifest["totals"]["n"] == len(stored.samples()) < 400
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_folder_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = run(*EVALUATE, "--out", "locked/run", cwd=tmp_path, check=3)
+    assert "Choose another --out" in done.stderr
+
+
+def test_an_output_folder_that_is_a_file_or_holds_other_things_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "Choose another --out" in run(*EVALUATE, "--out", "file/run", cwd=tmp_path, check=3).stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    assert "thesis.tex" in run(*EVALUATE, "--out", "full", cwd=tmp_path, check=3).stderr
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"

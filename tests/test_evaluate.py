@@ -1,0 +1,225 @@
+"""The evaluation, end to end on small problems: honest figures, the same numbers however the work is cut."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+import assay
+from assay.core.errors import AssayError, RunError, ThreatError
+from assay.runs import SAMPLES, Run
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Forty MNIST test images and the hardened demo model: some stand, some fall at eps 0.3."""
+    data = assay.load_data("demo:mnist", limit=40)
+    return assay.load_model("demo:mnist-robust"), data
+
+
+def run(digits, out=None, *, effort="quick", **options):
+    model, data = digits
+    return assay.evaluate(model, data, "linf:0.35", effort, out=out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """The evaluation that others are compared with."""
+    return run(digits, tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_the_figures_are_the_counts_of_the_table(whole):
+    status = whole.samples["status"].to_pylist()
+    assert whole.n == 40
+    assert whole.clean_accuracy == 1 - status.count("misclassified") / 40
+    assert whole.robust_accuracy == status.count("robust") / 40
+    assert 0 < status.count("fooled") < 40  # else the test below would show nothing
+    low, high = whole.interval("robust", confidence=0.99)
+    assert low < whole.robust_accuracy < high
+    assert whole.certified_accuracy is None
+    with pytest.raises(ValueError, match="not measured"):
+        whole.interval("certified")
+
+
+def test_the_table_has_the_columns_of_the_contract(whole):
+    assert whole.samples.schema.equals(SAMPLES)
+    assert whole.samples["index"].to_pylist() == [*range(40)]
+
+
+def test_every_stored_adversarial_fools_in_a_pass_of_our_own_and_is_in_the_ball(whole, digits):
+    model, data = digits
+    rows = {r["index"]: r for r in whole.samples.to_pylist()}
+    seen = []
+    for part in whole.run.adversarials():
+        logits = model(torch.from_numpy(part["x"]))
+        for i, x, clean, guess, z in zip(
+            part["index"], part["x"], part["clean"], part["prediction"], logits, strict=True
+        ):
+            row = rows[int(i)]
+            size = np.abs(x.astype(np.float64) - clean.astype(np.float64)).max()
+            assert z.argmax() == guess == row["adversarial_prediction"] != row["label"]
+            assert size == row["size"] == row["upper"] <= 0.35
+            assert x.min() >= 0
+            assert x.max() <= 1
+            assert np.array_equal(clean, data.batch([int(i)])[0].numpy())
+            seen.append(int(i))
+    assert sorted(seen) == [i for i, r in rows.items() if r["fooled"]]
+
+
+def test_the_passes_in_the_table_are_the_passes_of_the_net(digits, tmp_path):
+    model, data = digits
+    asked = 0
+
+    def counting(x):
+        nonlocal asked
+        asked += len(x)
+        return model.net(x)
+
+    result = assay.evaluate(
+        assay.Model(counting), data, "linf:0.35", "quick", out=tmp_path / "run", progress=False, batch_size=8
+    )
+    preflight_and_padding = asked - result.passes.forwards
+    assert result.passes.forwards == sum(s["forwards"] for s in result.stages())
+    assert result.passes.backwards == sum(s["backwards"] for s in result.stages())
+    assert preflight_and_padding >= 0
+    assert result.samples["forwards"].to_numpy().min() >= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
+def test_the_batch_size_changes_nothing(whole, digits, batch_size, tmp_path):
+    assert run(digits, tmp_path / "run", batch_size=batch_size).samples.equals(whole.samples)
+
+
+def test_another_seed_is_another_run(whole, digits, tmp_path):
+    other = run(digits, tmp_path / "run", seed=1)
+    assert not other.samples.equals(whole.samples)
+
+
+class StopAfter:
+    """Progress that interrupts, as Ctrl-C would, at the n-th report with at least one stored batch."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, snapshot):
+        self.left -= bool(snapshot.done)
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_a_valid_result_and_goes_on(whole, digits, tmp_path):
+    model, data = digits
+    first = assay.evaluate(
+        model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=StopAfter(3), batch_size=8
+    )
+    assert not first.complete
+    assert 0 < first.n < 40
+    same = whole.samples.slice(0, first.n)
+    assert first.samples.equals(same)
+    rest = run(digits, tmp_path / "run", batch_size=16)
+    assert rest.complete
+    assert rest.samples.equals(whole.samples)
+
+
+def test_an_interruption_before_anything_is_stored_is_passed_on(digits, tmp_path):
+    def stop(snapshot):
+        raise KeyboardInterrupt
+
+    model, data = digits
+    with pytest.raises(KeyboardInterrupt):
+        assay.evaluate(model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=stop)
+    assert run(digits, tmp_path / "run").complete
+
+
+def test_a_finished_run_is_not_done_again(whole, digits):
+    part = whole.run.path / "samples" / "00000000-00000039.parquet"
+    before = part.stat().st_mtime_ns
+    assert run(digits, whole.run.path).samples.equals(whole.samples)
+    assert [p.name for p in part.parent.iterdir()] == [part.name]
+    assert part.stat().st_mtime_ns == before
+
+
+def test_a_run_of_other_settings_is_refused_and_says_what_differs(whole, digits):
+    with pytest.raises(RunError, match="seed was 0 and is 5"):
+        run(digits, whole.run.path, seed=5)
+    with pytest.raises(RunError, match="--no-resume"):
+        run(digits, whole.run.path, resume=False)
+    model, data = digits
+    with pytest.raises(RunError, match="model was"):
+        assay.evaluate(
+            assay.load_model("demo:mnist-plain"), data, "linf:0.35", "quick", out=whole.run.path, progress=False
+        )
+    assert Run.read(whole.run.path).samples().equals(whole.samples)
+
+
+def test_batches_may_come_back_in_any_order_from_an_executor(whole, digits, tmp_path):
+    def backwards(work, tasks):
+        return map(work, reversed([*tasks]))
+
+    assert run(digits, tmp_path / "run", batch_size=16, executor=backwards).samples.equals(whole.samples)
+
+
+def test_the_curve_is_a_falling_step_function_that_ends_at_the_robust_accuracy(whole):
+    curve = whole.curve()
+    values = [curve(e) for e in np.linspace(0, 0.35, 50)]
+    assert values[0] == whole.clean_accuracy
+    assert values[-1] == whole.robust_accuracy
+    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    with pytest.raises(ValueError, match="known up to"):
+        curve(0.4)
+
+
+def test_the_manifest_says_all_that_decides_the_numbers(whole):
+    manifest = json.loads((whole.run.path / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["identity"].keys() == {"threat", "effort", "stages", "seed", "prove", "model", "data"}
+    assert manifest["totals"]["robust_accuracy"] == whole.robust_accuracy
+    assert [s["name"] for s in manifest["identity"]["stages"]] == ["pgd-margin", "apgd-ce", "apgd-targeted", "square"]
+    assert sum(c["n"] for c in manifest["totals"]["per_class"]) == 40
+
+
+def test_without_an_eps_the_smallest_sizes_are_searched(digits):
+    model, data = digits
+    result = assay.evaluate(model, data.head(8), "l2", "quick", progress=False)
+    assert result.robust_accuracy is None
+    sizes = result.samples["size"].to_numpy()
+    assert np.isfinite(sizes).all()
+    assert result.curve()(0.0) == result.clean_accuracy
+    assert result.curve()(float(sizes.max())) == 0.0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_sizes_of_a_linear_model_are_at_least_the_closed_form(norm):
+    """Two classes split by w.x = 0: nothing smaller than |w.x| / ||w||_dual exists, and the search comes close."""
+    torch.manual_seed(0)
+    w = torch.randn(12)
+    x = 0.5 + 0.1 * torch.randn(6, 12)
+    net = nn.Linear(12, 2, bias=True)
+    with torch.no_grad():
+        net.weight.copy_(torch.stack([-w, w]))
+        net.bias.copy_(torch.tensor([1.0, -1.0]) * (w.sum() * 0.5))
+    y = net(x).argmax(1)
+    gap = ((x - 0.5) @ w).abs()
+    dual = {"linf": w.abs().sum(), "l2": w.norm(), "l1": w.abs().max()}[norm]
+    result = assay.evaluate(net, (x.clamp(0, 1), y), norm, "standard", progress=False)
+    sizes = torch.tensor(result.samples["size"].to_pylist())
+    assert (sizes >= gap / dual * (1 - 1e-4)).all()
+    assert (sizes <= gap / dual * 1.25).all(), sizes / (gap / dual)
+
+
+def test_wrong_requests_are_refused_before_any_work(digits):
+    model, data = digits
+    with pytest.raises(AssayError, match="Did you mean 'quick'"):
+        assay.evaluate(model, data, "linf:0.1", "quik", progress=False)
+    with pytest.raises(AssayError, match="Certification is not part"):
+        assay.evaluate(model, data, "linf:0.1", prove="crown", progress=False)
+    with pytest.raises(ThreatError, match="untargeted"):
+        assay.evaluate(model, data, assay.Threat("linf", 0.1, targeted=True), progress=False)
+
+
+def test_the_result_is_readable_at_a_glance(whole):
+    assert f"robust_accuracy={whole.robust_accuracy:.4f}" in repr(whole)
+    assert isinstance(whole.samples, pa.Table)

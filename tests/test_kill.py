@@ -1,0 +1,101 @@
+"""Slow: evaluations that are killed, on disks that fill up, end in the same table."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from assay.runs import Run
+
+pytestmark = pytest.mark.slow
+
+ARGS = ("evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "--limit", "160", "--quiet")
+
+
+def start(folder, out, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "assay", *ARGS, "--out", out, *more], cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(folder, out, *more):
+    process = start(folder, out, *more)
+    out_text, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out_text + err
+    return Run.read(folder / out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    begin = time.monotonic()
+    return finish(folder, "run"), time.monotonic() - begin
+
+
+def test_twenty_kills_at_random_moments_change_nothing(whole, tmp_path):
+    """kill -9, the same command again, and so on; between the kills the batch size changes too."""
+    expected, seconds = whole
+    chance, kills = random.Random(7), 0
+    while kills < 20:
+        process = start(tmp_path, "run", "--batch-size", str(chance.choice([4, 7, 16])))
+        try:
+            process.wait(chance.uniform(0.3 * seconds, 0.8 * seconds) if kills % 2 else chance.uniform(2, 6))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            if kills < 20:  # finished before the kill: begin anew, so that twenty kills really hit
+                assert Run.read(tmp_path / "run").samples().equals(expected.samples())
+                shutil.rmtree(tmp_path / "run")
+    final = finish(tmp_path, "run")
+    assert final.samples().equals(expected.samples())
+    assert len(final.done()) == 160
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_elsewhere(whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        process = start(tmp_path, "disk/run", "--batch-size", "16")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 3
+        assert "disk is full" in err
+        assert "Traceback" not in err
+        so_far = Run.read(disk / "run").samples()
+        assert 0 < len(so_far) < 160
+        shutil.copytree(disk / "run", tmp_path / "run", ignore=shutil.ignore_patterns(".tmp-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert finish(tmp_path, "run").samples().equals(whole[0].samples())
+
+
+def test_a_read_only_disk_is_refused(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro,size=300k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        process = start(tmp_path, "disk/run")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 3
+        assert "read-only" in err
+        assert "Choose another --out" in err
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,224 @@
+"""What users do wrong, and every other library lets through in silence: each ends in a named error or finding."""
+
+import pytest
+import torch
+from torch import nn
+
+import assay
+from assay.attacks import PGD
+from assay.core.errors import DataError, ModelOutputError, NonFiniteError, ThreatError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return assay.load_data("demo:mnist", limit=32)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return assay.load_model("demo:mnist-plain").net
+
+
+def evaluate(net, data, threat="linf:0.1", effort="quick", **options):
+    return assay.evaluate(net, data, threat, effort, progress=False, **options)
+
+
+def codes(result):
+    return {f.code for f in result.findings}
+
+
+def the(result, code):
+    (found,) = [f for f in result.findings if f.code == code]
+    return found
+
+
+def arrays(data):
+    return data.batch(range(len(data))), data.labels
+
+
+def test_a_sound_model_raises_no_finding_but_what_its_adversarials_give(net, digits):
+    assert codes(evaluate(net, digits)) <= {"lost-at-8-bit"}
+
+
+def test_normalised_input_is_refused_with_the_way_out(net, digits):
+    x, y = arrays(digits)
+    with pytest.raises(DataError, match="--mean and --std") as e:
+        evaluate(net, ((x - 0.13) / 0.31, y))
+    assert (e.value.code, e.value.exit_code) == ("input-outside-box", 3)
+    with pytest.raises(DataError, match="32 of 32 samples outside") as e:
+        PGD()(net, (x - 0.13) / 0.31, y, assay.Threat("linf", 0.1))
+    assert e.value.code == "input-outside-box"
+
+
+def test_inputs_of_0_to_255_are_refused_with_the_way_out(net, digits):
+    x, y = arrays(digits)
+    with pytest.raises(DataError, match="divide them by 255") as e:
+        evaluate(net, (x * 255, y))
+    assert e.value.code == "input-outside-box"
+
+
+def test_normalisation_inside_the_model_is_the_way_out(net, digits):
+    scaled = nn.Sequential(net)
+    plain = evaluate(net, digits)
+    inside = evaluate(assay.Model(lambda x: scaled(x * 0.31 + 0.13), mean=[0.13], std=[0.31]), digits)
+    assert inside.clean_accuracy == plain.clean_accuracy
+    assert abs(inside.robust_accuracy - plain.robust_accuracy) <= 2 / 32
+
+
+@pytest.mark.parametrize(
+    ("threat", "code"), [("linf:8", "eps-looks-like-8-not-8/255"), ("linf:1.5", "eps-wider-than-box"), ("l2:40", "eps-wider-than-box")]
+)  # fmt: skip
+def test_an_eps_in_the_wrong_units_is_refused(net, digits, threat, code):
+    with pytest.raises(ThreatError, match="box") as e:
+        evaluate(net, digits, threat)
+    assert (e.value.code, e.value.exit_code) == (code, 3)
+
+
+def test_zero_gradients_are_found_and_scores_take_over(net, digits):
+    """Rounded inputs: the gradient is zero everywhere, and PGD alone would call the model perfectly robust."""
+
+    def masked(x):
+        return net((x * 4).round() / 4)
+
+    result = evaluate(masked, digits, "linf:0.3", "standard")
+    finding = the(result, "zero-gradient")
+    assert finding.severity == "warning"
+    assert finding.evidence["share_margin"] == 1.0
+    assert "rounding" in finding.remedy
+    by_gradient = PGD()(masked, *arrays(digits), assay.Threat("linf", 0.3), seed=0)
+    assert by_gradient.success.float().mean() < 0.2
+    assert result.robust_accuracy < 0.3
+
+
+def test_a_model_without_gradient_is_found_and_scores_take_over(net, digits):
+    def closed(x):
+        with torch.no_grad():
+            return net(x)
+
+    result = evaluate(closed, digits, "linf:0.3", "standard")
+    assert the(result, "no-gradient").remedy
+    assert result.robust_accuracy < 0.3
+    assert [s["name"] for s in result.stages()] == ["clean", "square", "shrink"]
+
+
+def test_nan_logits_are_an_error_of_the_model(net, digits):
+    with pytest.raises(NonFiniteError, match="NaN or infinity for 32 of 32") as e:
+        evaluate(lambda x: net(x) * float("nan"), digits)
+    assert (e.value.code, e.value.exit_code) == ("bad-logits", 4)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda z: z[:, :1], r"\(32, 1\)"),
+        (lambda z: z[:, 0], r"\(32,\)"),
+        (lambda z: z.T, r"\(10, 32\)"),
+        (lambda z: [z], "list"),
+    ],
+    ids=["one class", "flat", "transposed", "list"],
+)
+def test_outputs_that_are_no_logits_are_an_error_of_the_model(net, digits, wrap, found):
+    with pytest.raises(ModelOutputError, match=found) as e:
+        evaluate(lambda x: wrap(net(x)), digits)
+    assert (e.value.code, e.value.exit_code) == ("bad-logits", 4)
+
+
+def test_labels_out_of_range_are_refused(net, digits):
+    x, y = arrays(digits)
+    for wrong in (10, -1):
+        with pytest.raises(DataError, match=f"{wrong} at sample 3") as e:
+            evaluate(net, (x, y.index_fill(0, torch.tensor([3]), wrong)))
+        assert (e.value.code, e.value.exit_code) == ("bad-logits", 3)
+
+
+class WithDropout(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.drop = net, nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(10)
+        self.norm.running_mean.fill_(0.1)
+
+    def forward(self, x):
+        return self.norm(self.drop(self.net(x)))
+
+
+def test_training_mode_is_found_and_the_model_is_handed_back_as_it_was(net, digits):
+    model = WithDropout(net).train()
+    model.norm.eval()  # frozen on purpose: must not come back in training mode
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    result = evaluate(model, digits)
+    assert the(result, "train-mode").evidence["modules"] == 1
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert evaluate(model.eval(), digits).samples.equals(result.samples)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 8, 9])
+def test_any_number_of_classes_from_two(classes):
+    torch.manual_seed(classes)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, classes))
+    x = torch.rand(20, 1, 4, 4)
+    with torch.no_grad():
+        net[3].bias -= net(x).mean(0)  # so that every class has its share
+    result = evaluate(net, (x, net(x).argmax(1)), "linf:0.1", "standard")
+    assert result.clean_accuracy == 1
+    assert result.robust_accuracy < 0.7
+
+
+def test_probabilities_are_found_and_their_logarithm_is_attacked(net, digits):
+    """A saturated softmax: its gradients vanish in float32, the margin of the log-probabilities does not."""
+    result = evaluate(lambda x: (net(x) * 3).softmax(1), digits, "linf:0.1")
+    assert "logarithm" in the(result, "probabilities-not-logits").message
+    plain = evaluate(net, digits, "linf:0.1")
+    assert abs(result.robust_accuracy - plain.robust_accuracy) <= 2 / 32
+
+
+def test_randomness_is_found_and_averaged(net, digits):
+    result = evaluate(lambda x: net(x + 0.1 * torch.randn_like(x)), digits.head(16))
+    finding = the(result, "randomized")
+    assert finding.evidence["samples"] == 16
+    assert result.samples["forwards"].to_pylist()[0] % 16 == 0
+
+
+def test_dependence_on_the_batch_is_found(net, digits):
+    result = evaluate(lambda x: net(x - x.mean(0)), digits.head(16))
+    assert the(result, "batch-dependent").evidence["max_difference"] > 0
+
+
+def test_accuracy_at_chance_is_found(net, digits):
+    x, y = arrays(digits)
+    result = evaluate(net, (x, (y + 1) % 10))
+    assert "class order" in the(result, "low-clean-accuracy").remedy
+
+
+def test_duplicates_are_found(net, digits):
+    x, y = arrays(digits)
+    result = evaluate(net, (torch.cat([x, x[:3]]), torch.cat([y, y[:3]])))
+    assert the(result, "duplicate-samples").evidence["duplicates"] == 3
+
+
+def test_adversarials_that_eight_bits_undo_are_counted():
+    """Perturbations below half a grey level: all fool as floats, none survives an image file."""
+    x = torch.randint(0, 200, (12, 1, 6, 6)) / 255
+    middle = x.flatten(1).mean(1)
+
+    def line(z):  # the boundary lies 0.3 grey levels above each image's own mean
+        gap = z.flatten(1).mean(1)[:, None] * 255
+        nearest = (gap - middle * 255).abs().argmin(1)
+        over = gap[:, 0] - middle[nearest] * 255 - 0.3
+        return torch.stack([-over, over], 1)
+
+    result = evaluate(line, (x, torch.zeros(12, dtype=torch.long)), assay.Threat("linf", 0.4 / 255))
+    assert result.robust_accuracy == 0
+    assert the(result, "lost-at-8-bit").evidence == {"fooled": 12, "survive": 0}
+
+
+def test_nan_pixels_and_no_samples_are_refused(net, digits):
+    x, y = arrays(digits)
+    with pytest.raises(DataError, match="first: sample 5") as e:
+        evaluate(net, (x.index_fill(0, torch.tensor([5]), float("nan")), y))
+    assert e.value.code == "non-finite-input"
+    with pytest.raises(DataError) as e:
+        evaluate(net, (x[:0], y[:0]))
+    assert e.value.code == "empty-data"
