@@ -1,7 +1,8 @@
 """The same PGD (l-infinity, random start, cross-entropy, every step taken) as each library offers it.
 
-An entry turns a :class:`Task` into a call without arguments that runs the attack once and returns the adversarial
-inputs. Libraries are imported inside the entries, so that a missing one is a row of the table and not an error.
+An entry turns a :class:`Task` into a call without arguments that runs the attack once and returns the
+adversarial inputs. Libraries are imported inside the entries, so that a missing one is a row of the table and
+not an error.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ Attack: TypeAlias = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is attacked, and with which PGD: ``steps`` steps of length ``step`` in the ball of radius ``eps``."""
+    """What is attacked, and with which PGD: ``steps`` steps of length ``step``, ball of size ``eps``."""
 
     net: nn.Module
     x: Tensor  # (b, c, h, w) in [0, 1]
@@ -51,7 +52,7 @@ class Contestant:
 
 
 def bare(task: Task) -> Attack:
-    """Make the tightest plain loop: bounds computed once, one clamp, one gradient with respect to the input only."""
+    """Make the tightest plain loop: bounds computed once, one clamp, no gradient but the input's."""
     net, x0, y = task.net, task.x, task.y
 
     def run() -> Tensor:
@@ -94,7 +95,7 @@ def torchattacks_pgd(task: Task) -> Attack:
 
 
 def foolbox_pgd(task: Task) -> Attack:
-    """Make foolbox.attacks.LinfPGD; its ``run`` is the attack itself, without the calls that judge its result."""
+    """Make foolbox.attacks.LinfPGD; its ``run`` is the attack without the calls that judge the result."""
     import foolbox
 
     model = foolbox.PyTorchModel(task.net, bounds=(0, 1), device="cpu")

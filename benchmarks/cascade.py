@@ -20,9 +20,15 @@ import assay
 def outside_net() -> nn.Module:
     """Return the MNIST architecture that published adversarially trained weights come in."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
 
 
 def main() -> None:
@@ -51,9 +57,15 @@ def main() -> None:
                     trail.append(f"{stage['name']} {left / e.n:.1%}")
                 passes = (e.passes.forwards + e.passes.backwards) / e.n
                 table.add_row(
-                    model.name, effort, str(seed), f"{e.clean_accuracy:.1%}", f"{e.robust_accuracy:.1%}",
-                    f"{passes:.0f}", f"{e.seconds:.1f}", ", ".join(trail),
-                )  # fmt: skip
+                    model.name,
+                    effort,
+                    str(seed),
+                    f"{e.clean_accuracy:.1%}",
+                    f"{e.robust_accuracy:.1%}",
+                    f"{passes:.0f}",
+                    f"{e.seconds:.1f}",
+                    ", ".join(trail),
+                )
     Console(width=150).print(table)
 
 

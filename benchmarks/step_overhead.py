@@ -1,8 +1,8 @@
-"""What a library costs on top of the network: PGD steps of assay, of a bare loop, and of four other libraries.
+"""What a library costs on top of the network: PGD steps of assay, a bare loop, and four other libraries.
 
-Every contestant takes the same number of gradient steps of the same length from a uniform random start, on its own copy
-of the same network, on one thread. The contestants take turns, so that a disturbance of the machine hits all alike; a
-ratio compares runs of one round. CPU time is the measure; wall time is given beside it.
+Every contestant takes the same number of gradient steps of the same length from a uniform random start, on
+its own copy of the same network, on one thread. The contestants take turns, so that a disturbance of the machine
+hits all alike; a ratio compares runs of one round. CPU time is the measure; wall time is given beside it.
 
 Example:
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py --weights pgd_madry.pth --json step_overhead.json
@@ -13,6 +13,7 @@ import copy
 import gc
 import gzip
 import json
+import math
 import os
 import statistics
 import time
@@ -27,9 +28,9 @@ from _peers import CONTESTANTS, Attack, Contestant, Task
 from torch import Tensor, nn
 
 NOTE = """\
-assay's time includes what the others leave to the caller: checks of inputs and logits, the best point so far and the
-test for success at every step, a last forward pass, and the verification of every success in one more pass.
-Passes are rows that went through the network divided by samples, rows that fill a batch included."""
+assay's time includes what the others leave to the caller: checks of inputs and logits, the best point so far
+and the test for success at every step, a last forward pass, and the verification of every success in one more
+pass. Passes are rows that went through the network divided by samples, rows that fill a batch included."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,13 @@ class Times:
 
 def mnist_case(weights: Path | None) -> Task:
     """Return 200 images, PGD-40 with eps 0.3 and steps of 0.01, against a small convolutional network."""
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+    net = SmallNet()
     if weights:
-        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    x, y = _demo_images(200) or (torch.rand(200, 1, 28, 28), None)
+        net.layers.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net.eval()
-    return Task(net, x, _predictions(net, x) if y is None or not weights else y, eps=0.3, step=0.01, steps=40)
+    x, y = _demo_images(200) or (torch.rand(200, 1, 28, 28), None)
+    labels = y if y is not None and weights else _predictions(net, x)
+    return Task(net, x, labels, eps=0.3, step=0.01, steps=40)
 
 
 def resnet18_case() -> Task:
@@ -82,6 +81,23 @@ def resnet18_case() -> Task:
     return Task(net.eval(), x, _predictions(net, x), eps=8 / 255, step=2 / 255, steps=5)
 
 
+class SmallNet(nn.Module):
+    """Two strided convolutions and two dense layers, for 28x28 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (b, 10)."""
+        out: Tensor = self.layers(x)
+        return out
+
+
 class ResNet18(nn.Module):
     """The ResNet-18 in use for 32x32 images: 3x3 stem, no pooling after it, widths 64 to 512."""
 
@@ -89,7 +105,8 @@ class ResNet18(nn.Module):
         super().__init__()
         widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
         strides = [1, 1, 2, 1, 2, 1, 2, 1]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        convolution = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.Sequential(
             *(BasicBlock(a, b, s) for a, b, s in zip(widths[:-1], widths[1:], strides, strict=True))
         )
@@ -129,7 +146,7 @@ def measure(task: Task, contestants: Sequence[Contestant], rounds: int) -> list[
             row = Row(contestant.name, contestant.version())
             runs[contestant.name] = contestant.make(own)
         except ImportError as e:  # also what is raised for a package without metadata
-            rows.append(Row(contestant.name, "-", problem=_why(e, contestant)))
+            rows.append(Row(contestant.name, "-", problem=_why(e, contestant.package)))
             continue
         rows.append(_counted(row, own, runs[contestant.name]))
     times = _take_turns(runs, rounds)
@@ -137,10 +154,10 @@ def measure(task: Task, contestants: Sequence[Contestant], rounds: int) -> list[
     return [_timed(row, times[row.name], reference) if row.name in times else row for row in rows]
 
 
-def _why(error: ImportError, contestant: Contestant) -> str:
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(contestant.package.split("-")[0]):
-        return "not installed" if error.name is None else f"not installed: it needs {error.name}"
-    return "not installed"
+def _why(error: ImportError, package: str) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return f"does not import: {error}"
+    return "not installed" if error.name in (None, package) else f"not installed: {error.name}"
 
 
 def _counted(row: Row, task: Task, run: Attack) -> Row:
@@ -150,7 +167,10 @@ def _counted(row: Row, task: Task, run: Attack) -> Row:
     def after(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         count["forwards"] += len(inputs[0])
         if out.requires_grad:
-            out.register_hook(lambda grad: count.update(backwards=count["backwards"] + len(grad)))
+            out.register_hook(before)  # type: ignore[no-untyped-call]
+
+    def before(grad: Tensor) -> None:
+        count["backwards"] += len(grad)
 
     hook = task.net.register_forward_hook(after)
     x = torch.as_tensor(run())
@@ -198,20 +218,27 @@ def _timed(row: Row, own: Times, bare: Times) -> Row:
 def show(rows: Sequence[Row]) -> str:
     """Write the rows as a table in Markdown."""
     head = (
-        "contestant", "version", "CPU s min / median", "ratio (median of rounds)", "ratio of min", "wall s median",
-        "wall ratio", "forwards", "backwards", "fooled",
+        "contestant", "version", "CPU s min / median", "ratio", "ratio of min", "wall s median", "wall ratio",
+        "forwards", "backwards", "fooled",
     )  # fmt: skip
-    body = [
-        (r.name, r.version, r.problem, *[""] * 7) if r.problem else
-        (r.name, r.version, f"{r.cpu_min:.3f} / {r.cpu_median:.3f}", f"{r.cpu_ratio:.3f}", f"{r.cpu_ratio_of_min:.3f}",
-         f"{r.wall_median:.3f}", f"{r.wall_ratio:.3f}", f"{r.forwards:.2f}", f"{r.backwards:.2f}", f"{r.fooled:.1%}")
-        for r in rows
-    ]  # fmt: skip
+    body = [(r.name, r.version, r.problem, *[""] * 7) if r.problem else _cells(r) for r in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [head, tuple("-" * w for w in widths), *body]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    return (
+        r.name, r.version, f"{r.cpu_min:.3f} / {r.cpu_median:.3f}", f"{r.cpu_ratio:.3f}",
+        f"{r.cpu_ratio_of_min:.3f}", f"{r.wall_median:.3f}", f"{r.wall_ratio:.3f}", f"{r.forwards:.2f}",
+        f"{r.backwards:.2f}", f"{r.fooled:.1%}",
+    )  # fmt: skip
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """Return the row for JSON, which knows no NaN."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
 
 
 def _demo_images(n: int) -> tuple[Tensor, Tensor] | None:
@@ -231,18 +258,20 @@ def _demo_images(n: int) -> tuple[Tensor, Tensor] | None:
 
 def _predictions(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return net(x).argmax(1)
+        guess: Tensor = net(x).argmax(1)
+        return guess
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", choices=["mnist", "resnet18"], action="append", help="default: both")
-    parser.add_argument("--only", action="append", metavar="NAME", help="time this contestant and the bare loop only")
-    parser.add_argument("--rounds", type=int, help="default: 21 for mnist, 11 for resnet18")
-    parser.add_argument("--weights", type=Path, help="state_dict of the mnist network; default: random weights")
-    parser.add_argument("--frozen", action="store_true", help="parameters that want no gradient, for every contestant")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    add = parser.add_argument
+    add("--case", choices=["mnist", "resnet18"], action="append", help="default: both")
+    add("--only", action="append", metavar="NAME", help="time this contestant and the bare loop only")
+    add("--rounds", type=int, help="default: 21 for mnist, 11 for resnet18")
+    add("--weights", type=Path, help="state_dict of the mnist network; default: random weights")
+    add("--frozen", action="store_true", help="parameters without requires_grad, for every contestant")
+    add("--threads", type=int, default=1)
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     return parser.parse_args()
 
 
@@ -265,10 +294,10 @@ def main() -> None:
         rows = measure(task, chosen, rounds)
         print(f"\n{name}: batch {len(task.x)}, {task.steps} steps, {rounds} rounds\n{show(rows)}", flush=True)
         result["cases"][name] = {"batch": len(task.x), "steps": task.steps, "rounds": rounds,
-                                 "contestants": [asdict(r) for r in rows]}  # fmt: skip
+                                 "contestants": [_plain(r) for r in rows]}  # fmt: skip
     print(f"\n{NOTE}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1, allow_nan=True) + "\n")
+        args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,16 @@ def test_json_is_one_object_and_nothing_else_on_stdout(finished):
     done, folder = finished
     result = json.loads(done.stdout)
     assert {
-        "n", "clean_accuracy", "robust_accuracy", "certified_accuracy", "interval", "passes", "seconds", "findings", "run",
-    } <= result.keys()  # fmt: skip
+        "n",
+        "clean_accuracy",
+        "robust_accuracy",
+        "certified_accuracy",
+        "interval",
+        "passes",
+        "seconds",
+        "findings",
+        "run",
+    } <= result.keys()
     assert result["n"] == 24
     assert result["passes"].keys() == {"forwards", "backwards"}
     assert len(Run.read(folder).samples()) == 24
@@ -126,12 +134,24 @@ def test_a_model_that_misbehaves_ends_with_code_4(tmp_path):
 def test_attack_by_name_with_parameters(tmp_path):
     args = ("attack", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.2", "--limit", 32, "--json")
     one = json.loads(run(*args, "--with", "fgsm", cwd=tmp_path, check=0).stdout)
-    many = json.loads(run(*args, "--with", "pgd", "--set", "steps=10", "--set", "loss=margin", cwd=tmp_path, check=0).stdout)
+    many = json.loads(
+        run(*args, "--with", "pgd", "--set", "steps=10", "--set", "loss=margin", cwd=tmp_path, check=0).stdout
+    )
     assert 0 < one["broken"] <= many["broken"] <= many["attacked"] <= 32
 
 
 def test_attack_saves_images_that_are_asked_about_again(tmp_path):
-    args = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "targeted-ascent", "--threat", "linf", "--target", "4")
+    args = (
+        "attack",
+        "demo:mnist-plain",
+        "demo:mnist",
+        "--with",
+        "targeted-ascent",
+        "--threat",
+        "linf",
+        "--target",
+        "4",
+    )
     done = run(*args, "--limit", 12, "--save-images", "out", "--json", cwd=tmp_path, check=0)
     result = json.loads(done.stdout)
     files = sorted((tmp_path / "out").glob("*.png"))
@@ -157,11 +177,24 @@ def test_demo_compares_the_two_shipped_models(tmp_path):
 
 
 def test_ctrl_c_ends_with_130_the_table_so_far_and_the_command_to_go_on(tmp_path):
-    args = ("evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "--limit", "400", "--batch-size", "4")
+    args = (
+        "evaluate",
+        "demo:mnist-robust",
+        "demo:mnist",
+        "--threat",
+        "linf:0.3",
+        "--limit",
+        "400",
+        "--batch-size",
+        "4",
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "assay", *args, "--out", "run"], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "assay", *args, "--out", "run"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 120
     while not [*(tmp_path / "run" / "samples").glob("*.parquet")] and time.monotonic() < deadline:
         time.sleep(0.05)

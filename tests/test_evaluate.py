@@ -1,5 +1,6 @@
 """The evaluation, end to end on small problems: honest figures, the same numbers however the work is cut."""
 
+import itertools
 import json
 
 import numpy as np
@@ -112,9 +113,7 @@ class StopAfter:
 
 def test_an_interrupted_run_is_a_valid_result_and_goes_on(whole, digits, tmp_path):
     model, data = digits
-    first = assay.evaluate(
-        model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=StopAfter(3), batch_size=8
-    )
+    first = assay.evaluate(model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=StopAfter(3), batch_size=8)
     assert not first.complete
     assert 0 < first.n < 40
     same = whole.samples.slice(0, first.n)
@@ -147,7 +146,7 @@ def test_a_run_of_other_settings_is_refused_and_says_what_differs(whole, digits)
         run(digits, whole.run.path, seed=5)
     with pytest.raises(RunError, match="--no-resume"):
         run(digits, whole.run.path, resume=False)
-    model, data = digits
+    _, data = digits
     with pytest.raises(RunError, match="model was"):
         assay.evaluate(
             assay.load_model("demo:mnist-plain"), data, "linf:0.35", "quick", out=whole.run.path, progress=False
@@ -167,7 +166,7 @@ def test_the_curve_is_a_falling_step_function_that_ends_at_the_robust_accuracy(w
     values = [curve(e) for e in np.linspace(0, 0.35, 50)]
     assert values[0] == whole.clean_accuracy
     assert values[-1] == whole.robust_accuracy
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     with pytest.raises(ValueError, match="known up to"):
         curve(0.4)
 

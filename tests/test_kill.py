@@ -19,9 +19,12 @@ ARGS = ("evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "
 
 def start(folder, out, *more):
     return subprocess.Popen(
-        [sys.executable, "-m", "assay", *ARGS, "--out", out, *more], cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "assay", *ARGS, "--out", out, *more],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(folder, out, *more):

@@ -403,12 +403,13 @@ def test_whatever_changes_an_answer_changes_the_fingerprint(net):
     other = Other()
     other.load_state_dict(net.state_dict())
     nets = [
-        net, other, nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), net.forward, other.forward,
-        lambda x: -net(x), lambda x: -other(x), lambda x: 2 * net(x), torch.relu, torch.tanh,
+        net, other, nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), net.forward,
+        other.forward, lambda x: -net(x), lambda x: -other(x), lambda x: 2 * net(x), torch.relu, torch.tanh,
         functools.partial(torch.mul, other=2), functools.partial(torch.mul, other=3),
     ]  # fmt: skip
     settings = [
-        {"box": (0, 2)}, {"mean": 0.5, "std": 1}, {"mean": 0.5, "std": 2}, {"samples": 3}, {"probabilities": True}
+        {"box": (0, 2)}, {"mean": 0.5, "std": 1}, {"mean": 0.5, "std": 2}, {"samples": 3},
+        {"probabilities": True},
     ]  # fmt: skip
     models = [Model(n) for n in nets] + [Model(net, **s) for s in settings]
     models += [changed("head.bias"), changed("norm.running_mean")]

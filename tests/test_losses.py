@@ -35,7 +35,8 @@ def test_margin_by_hand(label: int | None, target: int | None, want: float) -> N
         ([9.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 0, None, (8 - 9) / (9 - 7)),
         ([9.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 0, 1, (0 - 9) / (9 - (7 + 6) / 2)),
         ([5.0, 1.0, 3.0], 0, None, (3 - 5) / (5 - 1)),
-        ([5.0, 1.0, 3.0], 0, 2, (3 - 5) / (5 - 1)),
+        ([5.0, 1.0, 3.0], 0, 2, 3 - 5),
+        ([5.0, 1.0, 3.0], None, 1, 1 - 5),
         ([5.0, 1.0], 0, None, 1 - 5),
         ([5.0, 1.0], 0, 1, 1 - 5),
         ([5.0, 1.0], None, 1, 1 - 5),
@@ -80,15 +81,18 @@ def test_a_step_up_the_gradient_brings_the_goal_nearer(name: str, seed: int, cla
     assert value.shape == (20,)
     (grad,) = torch.autograd.grad(value.sum(), z)
     step = 1e-6 * grad / grad.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    # No step can raise a quantity that no other value of the logits exceeds: three classes, first against last.
-    assert (loss(z + step, goal) >= value).all()
-    assert ((loss(z + step, goal) > value) | (grad.abs().sum(1) < 1e-9)).all()
+    done = goal.reached(z) if loss is dlr and kind == "label" else torch.zeros(20, dtype=torch.bool)
+    assert ((loss(z + step, goal) > value) | done).all()  # DLR is 1 for every label in third place
 
 
 @pytest.mark.parametrize("name", LOSSES.names())
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
 def test_ties_and_huge_logits_give_finite_losses_and_gradients(name: str, classes: int) -> None:
-    rows = [torch.zeros(classes), torch.ones(classes).index_fill(0, torch.tensor([0]), 0.0), 1e4 * torch.arange(classes)]
+    rows = [
+        torch.zeros(classes),
+        torch.ones(classes).index_fill(0, torch.tensor([0]), 0.0),
+        1e4 * torch.arange(classes),
+    ]
     z = torch.stack(rows).requires_grad_()
     zeros = torch.zeros(3, dtype=torch.long)
     for goal in (Goal(zeros), Goal(None, zeros), Goal(zeros, zeros + 1)):
@@ -101,5 +105,6 @@ def test_ties_and_huge_logits_give_finite_losses_and_gradients(name: str, classe
 @pytest.mark.parametrize("classes", [3, 4, 10])
 def test_dlr_does_not_change_with_scale_and_shift_of_the_logits(classes: int) -> None:
     z = torch.randn(20, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for goal in (Goal(torch.zeros(20).long()), Goal(None, torch.zeros(20).long())):
+    zeros = torch.zeros(20, dtype=torch.long)
+    for goal in (Goal(zeros), Goal(None, zeros)) if classes > 3 else (Goal(zeros),):
         assert torch.allclose(dlr(100 * z + 7, goal), dlr(z, goal))

@@ -38,15 +38,19 @@ def test_linf_bounds_are_inside_the_ball_in_exact_arithmetic_and_not_far_inside(
     assert p.allows(p.upper).all()
 
 
-@given(st.integers(0, 10**6), EPS, st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.integers(0, 10**6), EPS, st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([torch.float32, torch.float64])
+)
 def test_projected_points_are_allowed_in_exact_measure(seed: int, eps: float, norm: str, dtype: torch.dtype) -> None:
     """Also where rounding many coordinates adds up: a thousand coordinates, each moved by a little."""
+    eps = max(eps, 1e-5)  # below, float64 sums of a thousand numbers near 1 are no longer exact enough
     g = torch.Generator().manual_seed(seed)
     x0 = torch.rand(2, 1000, generator=g, dtype=dtype)
     p = pose(x0, Threat(norm, eps, Box()))
-    x = p.project(x0 + torch.randn(2, 1000, generator=g, dtype=dtype))
-    assert (exact_size(p.norm, x, x0) <= eps).all()
-    assert p.allows(x).all()
+    for far in (1.0, eps, eps / 30, eps / 900):
+        x = p.project(x0 + far * torch.randn(2, 1000, generator=g, dtype=dtype))
+        assert (exact_size(p.norm, x, x0) <= eps).all()
+        assert p.allows(x).all()
     assert p.allows(p.start()).all()
     assert torch.equal(p.project(x0), x0)
 
@@ -70,7 +74,11 @@ def test_taking_rows_takes_everything_of_them() -> None:
     x0, y, order = torch.rand(4, 2, 3), torch.tensor([3, 1, 2, 0]), torch.tensor([2, 0])
     draws = Draws.of(5, torch.arange(4))
     p = Problem.pose(x0, y, Threat("linf", 0.1, Box()), draws).stage(4).toward(y + 1)
-    q = Problem.pose(x0[order], y[order], Threat("linf", 0.1, Box()), draws.take(order), order).stage(4).toward(y[order] + 1)
+    q = (
+        Problem.pose(x0[order], y[order], Threat("linf", 0.1, Box()), draws.take(order), order)
+        .stage(4)
+        .toward(y[order] + 1)
+    )
     cut = p.take(order)
     for name in ("x0", "lower", "upper", "radius", "rows"):
         assert torch.equal(getattr(cut, name), getattr(q, name)), name
@@ -87,7 +95,8 @@ def test_stages_draw_anew_and_radii_may_differ_by_sample() -> None:
     assert torch.equal(p.stage(1).start(), p.stage(1).start())
     wide = p.with_radius(torch.tensor([0.01, 0.4]))
     sizes = wide.size(wide.start())
-    assert sizes[0] <= 0.01 < 0.3 < sizes[1] <= 0.4
+    assert sizes[0] <= 0.01
+    assert 0.3 < sizes[1] <= 0.4
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

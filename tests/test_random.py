@@ -44,7 +44,9 @@ def test_uniform_numbers_are_uniform_whatever_is_varied(across: str) -> None:
         "positions": lambda: Draws.of(3, one).uniform((20_000,))[0],
         "seeds": lambda: torch.cat([Draws.of(s, one).uniform() for s in range(3000)]),
         "folds": lambda: torch.cat([Draws.of(3, one).fold(k).uniform() for k in range(3000)]),
-        "nested folds": lambda: torch.cat([Draws.of(3, one).fold(i).fold(j).uniform() for i in range(50) for j in range(60)]),
+        "nested folds": lambda: torch.cat(
+            [Draws.of(3, one).fold(i).fold(j).uniform() for i in range(50) for j in range(60)]
+        ),
     }[across]()
     assert len(u.unique()) > 0.99 * len(u)
     assert scipy.stats.kstest(u.numpy(), "uniform").pvalue > 1e-3

@@ -18,7 +18,7 @@ from assay.core.progress import Snapshot, silent
 from assay.reports import compare_table, live, print_run, verdict, write_report
 from assay.reports.figures import confusions, curve, falling
 from assay.reports.pictures import as_image, difference, picture
-from assay.reports.summary import exact, summarize
+from assay.reports.summary import exact, read, summarize
 from assay.reports.table import median_size
 from assay.reports.text import Units, call, count, duration, percent
 from assay.runs import SAMPLES, Run
@@ -95,7 +95,10 @@ def fabricate(path, shape=(1, 8, 8), n=N, right=RIGHT, fooled=FOOLED, batch=20, 
             {"index": np.array(hit), "x": x[hit].astype(np.float32), "clean": clean[hit], "label": label[hit],
              "prediction": (label[hit] + 1) % classes, "clean_confidence": np.full(len(hit), 0.9),
              "confidence": np.linspace(0.5, 0.8, len(hit))},
-            {"seconds": 0.1},
+            {"seconds": 0.5, "claimed": len(hit), "rejected": 0, "stages": [
+                {"name": "clean", "entered": batch, "broken": 0, "forwards": batch, "backwards": 0, "seconds": 0.1},
+                {"name": "pgd", "entered": batch, "broken": len(hit), "forwards": 9, "backwards": 9, "seconds": 0.4},
+            ]},
         )  # fmt: skip
     run.close()
     return run
@@ -153,9 +156,7 @@ def test_every_picture_has_a_text_and_every_table_heads(run):
     page = page_of(run)
     assert all('alt="Sample ' in tag for tag in re.findall(r"<img [^>]*>", page))
     assert page.count("<table") == page.count("<thead")
-    assert re.search(
-        r'<svg[^>]*role="img" aria-label="Step curve: the robust accuracy is 90.0 % at size 0', page
-    )
+    assert re.search(r'<svg[^>]*role="img" aria-label="Step curve: the robust accuracy is 90.0 % at size 0', page)
 
 
 @pytest.mark.parametrize("out", ["elsewhere/r.html", "."])
@@ -242,10 +243,13 @@ def test_an_interrupted_run_counts_what_is_stored(tmp_path):
     assert "Interrupted after 40 of 100 images" in verdict(run.manifest, run.samples())
 
 
-def test_stale_totals_give_way_to_the_table(run):
+def test_stale_totals_give_way_to_the_table_and_the_batches(run):
     run.manifest["totals"] |= {"n": 20, "robust_accuracy": 0.1}
     s = summarize(run.manifest, run.samples())
     assert (s.n, s.robust.value, s.stages, s.claimed) == (40, 0.6, (), None)
+    s = summarize(*read(run))
+    assert (s.n, s.robust.value, s.claimed, s.seconds) == (40, 0.6, FOOLED, 1.0)
+    assert [(g.name, g.entered, g.broken) for g in s.stages] == [("clean", 40, 0), ("pgd", 40, FOOLED)]
 
 
 def test_a_run_without_samples_has_a_page(tmp_path):
@@ -420,9 +424,7 @@ def test_numbers_are_written_honestly():
     ]  # fmt: skip
     assert Units.of("linf:8/255").show(4 / 255) == "4/255"
     assert Units.of("linf:0.3").show(float("inf")) == "none found"
-    assert (
-        call({"name": "targets", "attack": {"name": "apgd", "steps": 9}}) == "targets(attack=apgd(steps=9))"
-    )
+    assert call({"name": "targets", "attack": {"name": "apgd", "steps": 9}}) == "targets(attack=apgd(steps=9))"
 
 
 # the terminal

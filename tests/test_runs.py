@@ -14,10 +14,20 @@ from assay.runs import store as store_module
 def rows(*index):
     n = len(index)
     constant = {
-        "label": 1, "prediction": 1, "margin": 0.5, "fooled": False, "adversarial_prediction": None,
-        "size": float("inf"), "broken_by": None, "certified": None, "lower": 0.0, "upper": float("inf"),
-        "forwards": 3, "backwards": 2, "status": "robust",
-    }  # fmt: skip
+        "label": 1,
+        "prediction": 1,
+        "margin": 0.5,
+        "fooled": False,
+        "adversarial_prediction": None,
+        "size": float("inf"),
+        "broken_by": None,
+        "certified": None,
+        "lower": 0.0,
+        "upper": float("inf"),
+        "forwards": 3,
+        "backwards": 2,
+        "status": "robust",
+    }
     return {"index": list(index), **{k: [v] * n for k, v in constant.items()}}
 
 

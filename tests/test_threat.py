@@ -35,8 +35,9 @@ def test_text_is_read(text: str, norm: str, eps: float | None) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", ":", "l3:1", "linf:", "linf:x", "linf:-1", "linf:0", "linf:0/255", "linf:1/0", "linf:8//255", "linf:8/255/2",
-        "linf:nan", "linf:inf", "linf:1e999", "l2:1e999/1e999", "l0:2.5", "linf:8/", "linf:/255", "LINF 8", "linf:8 255",
+        "", ":", "l3:1", "linf:", "linf:x", "linf:-1", "linf:0", "linf:0/255", "linf:1/0", "linf:8//255",
+        "linf:8/255/2", "linf:nan", "linf:inf", "linf:1e999", "l2:1e999/1e999", "l0:2.5", "linf:8/", "linf:/255",
+        "LINF 8", "linf:8 255",
     ],
 )  # fmt: skip
 def test_bad_text_is_refused_with_an_example(text: str) -> None:
@@ -50,7 +51,9 @@ def test_what_is_printed_reads_back_as_the_same_threat(eps: float, norm: str, pa
     assert Threat.parse(str(t)) == t
 
 
-@pytest.mark.parametrize("text", ["linf:8/255", "linf:1/255", "linf:0.3", "l2:0.5", "l1:12", "l0:20", "l0", "linf:1.25/255"])
+@pytest.mark.parametrize(
+    "text", ["linf:8/255", "linf:1/255", "linf:0.3", "l2:0.5", "l1:12", "l0:20", "l0", "linf:1.25/255"]
+)
 def test_usual_threats_print_as_they_are_written(text: str) -> None:
     assert str(Threat.parse(text)) == text
 
@@ -80,9 +83,7 @@ def test_a_box_has_a_finite_width(box: tuple[float, float]) -> None:
         Box(*box)
 
 
-@pytest.mark.parametrize(
-    ("norm", "most"), [("linf", 1.0), ("l2", 10.0), ("l1", 100.0), ("l0", 100.0)]
-)
+@pytest.mark.parametrize(("norm", "most"), [("linf", 1.0), ("l2", 10.0), ("l1", 100.0), ("l0", 100.0)])
 def test_eps_up_to_the_diameter_of_the_box_is_taken_and_more_is_refused(norm: str, most: float) -> None:
     assert Threat(norm, most).within(UNIT, 100) == Threat(norm, most, UNIT)
     with pytest.raises(ThreatError) as caught:

@@ -66,8 +66,9 @@ def test_normalisation_inside_the_model_is_the_way_out(net, digits):
 
 
 @pytest.mark.parametrize(
-    ("threat", "code"), [("linf:8", "eps-looks-like-8-not-8/255"), ("linf:1.5", "eps-wider-than-box"), ("l2:40", "eps-wider-than-box")]
-)  # fmt: skip
+    ("threat", "code"),
+    [("linf:8", "eps-looks-like-8-not-8/255"), ("linf:1.5", "eps-wider-than-box"), ("l2:40", "eps-wider-than-box")],
+)
 def test_an_eps_in_the_wrong_units_is_refused(net, digits, threat, code):
     with pytest.raises(ThreatError, match="box") as e:
         evaluate(net, digits, threat)

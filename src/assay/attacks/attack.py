@@ -87,7 +87,8 @@ class Runnable(ABC):
 
         Args:
             model: an :class:`assay.Model`, or a network that takes inputs in [0, 1].
-            x, y: the samples.
+            x: the samples.
+            y: their labels.
             threat: what is allowed.
             seed: of the random numbers; those of a sample depend on its index, and on nothing else.
             indices: (b,) of the samples in their data; None for their positions in x.
@@ -103,10 +104,10 @@ class Runnable(ABC):
         threat = threat.within(model.domain, x[0].numel() if len(x) else 1)
         _check(x, y, threat)
         with model.frozen(device) as live:
-            place, x0 = x.device, x.detach().to(live.device).contiguous()
+            place, x0 = x.device, x.detach().to(live.device).contiguous().clone()
             door = Door(live, len(x))
             keys = torch.arange(len(x)) if indices is None else indices
-            p = Problem.pose(x0, y.to(live.device).long(), threat, Draws.of(seed, keys.to(live.device)))
+            p = Problem.pose(x0, y.to(live.device).long().clone(), threat, Draws.of(seed, keys.to(live.device)))
             out = self.run(door, p, full=full)
             found, points, size = verify(door, p, out)
             size = torch.where(found, size, torch.inf).to(x0.dtype)
@@ -126,10 +127,12 @@ def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSampl
     q = p.take(claimed)
     x = _draw_in(q, out.x[claimed])
     inside = ((x >= q.box.lo) & (x <= q.box.hi)).flatten(1).all(1)
-    exact = exact_size(q.norm, x, q.x0)
-    holds = inside & (exact <= q.radius.double()) & door.decide(x, q).success
+    inside &= exact_size(q.norm, x, q.x0) <= q.radius.double()
+    x = choose(inside, x, q.x0)  # a point that is not allowed is not shown to anybody
+    holds = inside & door.decide(x, q).success
     points = out.x.index_copy(0, claimed, x)
-    return out.success.index_copy(0, claimed, holds), points, size.index_copy(0, claimed, exact)
+    size = size.index_copy(0, claimed, exact_size(q.norm, x, q.x0))
+    return out.success.index_copy(0, claimed, holds), points, size
 
 
 def _draw_in(p: Problem, x: Inputs) -> Inputs:

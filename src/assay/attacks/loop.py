@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from assay.attacks.attack import Outcome, Runnable, needs_eps
-from assay.core.errors import ThreatError
+from assay.core.errors import AssayError, ThreatError
 from assay.core.types import Inputs, Mask, PerSample, Rows, choose
 from assay.models.door import Decision, Door, Gradient, Loss, Score
 from assay.threats.problem import Problem
@@ -91,6 +91,8 @@ class StepAttack(Runnable, Generic[S, E]):
             raise ThreatError(f"one of {', '.join(self.norms)} for {what}", p.norm.name, "Choose another attack.")
         if not self.any_size:
             needs_eps(p, what)
+        if self.steps < 1:
+            raise AssayError(f"steps >= 1 for {what}", f"{self.steps}", "An attack that asks nothing finds nothing.")
 
 
 class GradientAttack(StepAttack[S, Gradient]):

@@ -47,11 +47,11 @@ def dlr(logits: Logits, goal: Goal) -> PerSample:
     """Difference of logits ratio: the margin over a gap among the largest logits, free of their scale.
 
     The gap is z(1) - z(3), and with a target z(1) - (z(3) + z(4)) / 2 (Croce & Hein 2020, arXiv:2003.01690,
-    eqs. 6 and 7). Reduced for few classes: a target among 3 classes uses z(1) - z(3); 2 classes have no third logit,
-    and the plain margin is left.
+    eqs. 6 and 7). Where there are too few classes for the gap (2, or 3 with a target) the plain margin is left: over
+    z(1) - z(3), the margin to a target that is last of three would be -1 everywhere.
     """
     top = logits.topk(min(4, logits.shape[1]), 1).values
-    if top.shape[1] == 2:
+    if top.shape[1] < (3 if goal.target is None else 4):
         return margin(logits, goal)
     low = top[:, 2] if goal.target is None else top[:, 2:].mean(1)
     return margin(logits, goal) / (top[:, 0] - low).clamp_min(_LEAST_GAP)

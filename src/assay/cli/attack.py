@@ -47,9 +47,8 @@ def attack(
 ) -> None:
     """Run one attack on every sample that the model gets right, and say what it broke and what that cost.
 
-    \b
     assay attack demo:mnist-plain demo:mnist --with fgsm --threat linf:0.1 --limit 200
-    assay attack demo:mnist-plain demo:mnist --with targeted-ascent --threat linf --target 4 --limit 20 --save-images out
+    assay attack demo:mnist-plain demo:mnist --with targeted-ascent --threat linf --target 4 --save-images out
     """
     import torch
 
@@ -72,10 +71,16 @@ def attack(
         rows = torch.arange(start, min(start + (batch_size or BLOCK), len(samples)))
         tally.add(_attack_rows(chosen, checked.model, samples, rows, parsed, wanted, seed, place), checked.model)
     _show(
-        tally.summary() | {"attack": with_, "threat": threat, "target": wanted,
-                           "findings": [f.to_json() for f in (*findings, *checked.findings)]},
-        as_json=as_json, quiet=quiet,
-    )  # fmt: skip
+        tally.summary()
+        | {
+            "attack": with_,
+            "threat": threat,
+            "target": wanted,
+            "findings": [f.to_json() for f in (*findings, *checked.findings)],
+        },
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _parameters(pairs: Iterable[str]) -> dict[str, str]:
@@ -99,9 +104,15 @@ def _class(text: str, data: "Data", classes: int) -> int:
 
 
 def _attack_rows(
-    attack: "Runnable", model: "Model", data: "Data", rows: "Tensor", threat: "Threat", wanted: int | None,
-    seed: int, device: str,
-) -> "tuple[Tensor, Tensor, Result | None]":  # fmt: skip
+    attack: "Runnable",
+    model: "Model",
+    data: "Data",
+    rows: "Tensor",
+    threat: "Threat",
+    wanted: int | None,
+    seed: int,
+    device: str,
+) -> "tuple[Tensor, Tensor, Result | None]":
     """Attack those of some samples that are right (and not the wanted class already)."""
     x, y = data.batch(rows), data.labels[rows]
     with model.frozen(device) as live:
@@ -182,10 +193,13 @@ def _show(result: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     if result["median_size"] is not None:
         table.add_row("median size", f"{result['median_size']:.4g}")
     passes = result["passes"]
-    table.add_row("passes a sample", f"{passes['forwards'] / each:.1f} forward, {passes['backwards'] / each:.1f} backward")
+    table.add_row(
+        "passes a sample", f"{passes['forwards'] / each:.1f} forward, {passes['backwards'] / each:.1f} backward"
+    )
     if images := result["images"]:
         table.add_row(
-            "images", f"{images['saved']} in {images['folder']}; {images['fool_when_read_back']} still fool when read back"
+            "images",
+            f"{images['saved']} in {images['folder']}; {images['fool_when_read_back']} still fool when read back",
         )
     for finding in result["findings"]:
         table.add_row(f"{finding['severity']}: {finding['code']}", finding["message"])

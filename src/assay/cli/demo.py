@@ -32,9 +32,15 @@ def demo(
     for name in MODELS:
         command = f"assay evaluate demo:{name} demo:mnist --threat {threat} --effort {effort} --limit {limit}"
         result = evaluate(
-            load_model(f"demo:{name}"), load_data("demo:mnist", limit=limit), threat, effort, device=place,
-            out=out / name, progress=not (quiet or as_json), command=command,
-        )  # fmt: skip
+            load_model(f"demo:{name}"),
+            load_data("demo:mnist", limit=limit),
+            threat,
+            effort,
+            device=place,
+            out=out / name,
+            progress=not (quiet or as_json),
+            command=command,
+        )
         result.report()
         results.append(result)
         if not result.complete:

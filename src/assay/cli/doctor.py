@@ -13,7 +13,7 @@ from rich.table import Table
 from assay import __version__
 from assay.cli import options as o
 
-_NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "jinja2", "plotly", "rich", "typer")
+_NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "jinja2", "rich", "typer")
 _OPTIONAL: Final = {
     "torchvision": "pip install torchvision (of the release that belongs to your torch)",
     "onnx": "support for .onnx comes in a later version",

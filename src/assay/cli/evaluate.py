@@ -39,7 +39,6 @@ def evaluate(
 
     A killed or interrupted run goes on where it was with the same command.
 
-    \b
     assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3 --limit 500
     assay evaluate net.pth images/ --arch nets:resnet --threat linf:8/255 --mean .49,.48,.45 --std .2,.2,.2
     """

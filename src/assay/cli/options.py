@@ -133,9 +133,7 @@ def model_of(
 
     if trust_pickle:
         errors.print(f"trusting {source}: unpickling it runs whatever code it holds", markup=False)
-    return load_model(
-        source, arch=arch, box=box, mean=numbers(mean), std=numbers(std), trust_pickle=trust_pickle
-    )
+    return load_model(source, arch=arch, box=box, mean=numbers(mean), std=numbers(std), trust_pickle=trust_pickle)
 
 
 def run_folder(*settings: Any) -> Path:

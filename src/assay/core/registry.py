@@ -101,7 +101,7 @@ def _coerce(value: Any, field: "dataclasses.Field[Any]", what: str) -> Any:
 
 
 def describe(value: Any, name_of: Callable[[Any], str]) -> Any:
-    """Turn a (nested) value into plain JSON: dataclasses become ``{"name": ..., field: ...}``, functions their names."""
+    """Turn a (nested) value into plain JSON: dataclasses become ``{"name": ..., field: ...}``, functions names."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         inner = {f.name: describe(getattr(value, f.name), name_of) for f in dataclasses.fields(value)}
         return {"name": name_of(value)} | inner

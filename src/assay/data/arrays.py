@@ -2,6 +2,7 @@
 
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,18 @@ def as_tensor(value: Any, where: str) -> Tensor:
             warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
             return torch.from_numpy(a)
     except (TypeError, ValueError) as e:
-        raise DataError(
-            "an array or tensor of numbers", f"{_kind(value)} in {where}", f"It failed with: {e}"
-        ) from e
+        raise DataError("an array or tensor of numbers", f"{_kind(value)} in {where}", f"It failed with: {e}") from e
 
 
-def from_arrays(x: Any, y: Any, *, name: str, source: str) -> Data:
+def from_arrays(x: Any, y: Any, *, name: str, source: str, class_names: Sequence[str] | None = None) -> Data:
     """Return data of x (n, ...) and y (n,), both arrays or tensors.
 
     Raises:
         DataError: see :func:`as_samples` and :func:`as_labels`; not as many labels as samples, or none.
     """
     samples = as_samples(x, f"x of {source}")
-    return Data(Arrays(samples), as_labels(y, f"y of {source}"), name=name, source=source)
+    labels = as_labels(y, f"y of {source}")
+    return Data(Arrays(samples), labels, name=name, source=source, class_names=class_names)
 
 
 def npz(path: Path, *, trust_pickle: bool) -> Data:
@@ -107,9 +107,7 @@ def npz(path: Path, *, trust_pickle: bool) -> Data:
         DataError: not such a file, damaged, without ``x`` or ``y``, or with a pickle that is not trusted.
     """
     if not zipfile.is_zipfile(path):
-        raise DataError(
-            "a .npz file (a zip archive of arrays)", f"{path} is none, or is cut off", "Make it anew."
-        )
+        raise DataError("a .npz file (a zip archive of arrays)", f"{path} is none, or is cut off", "Make it anew.")
     try:
         with np.load(path, allow_pickle=trust_pickle) as file:
             names = list(file.files)
@@ -143,9 +141,7 @@ def _unreadable(path: Path, e: Exception) -> DataError:
             f"a pickle (an array of objects) in {path}, which runs code when it is loaded",
             "Save x and y as arrays of numbers of one shape, or, if you trust the file, give --trust-pickle.",
         )
-    return DataError(
-        "a readable .npz file", f"{path}: {type(e).__name__}: {e}", "The file is damaged; make it anew."
-    )
+    return DataError("a readable .npz file", f"{path}: {type(e).__name__}: {e}", "The file is damaged; make it anew.")
 
 
 def _kind(value: Any) -> str:

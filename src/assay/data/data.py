@@ -64,9 +64,7 @@ class Data:
                 "Check that x and y belong together.",
             )
         if not len(labels):
-            raise DataError(
-                "at least one sample", f"none in {source}", "Give data with samples.", code="empty-data"
-            )
+            raise DataError("at least one sample", f"none in {source}", "Give data with samples.", code="empty-data")
         self.labels, self.name, self.source = labels, name, source
         self.class_names = None if class_names is None else tuple(class_names)
         self._samples = samples
@@ -107,9 +105,7 @@ class Data:
             DataError: n is below 1 (``empty-data``).
         """
         if n < 1:
-            raise DataError(
-                "a limit of at least 1", f"{n}", "Leave it out to take all samples.", code="empty-data"
-            )
+            raise DataError("a limit of at least 1", f"{n}", "Leave it out to take all samples.", code="empty-data")
         if n >= len(self):
             return self
         samples, labels = self._samples.head(n), self.labels[:n]

@@ -17,9 +17,7 @@ from assay.core.errors import DataError
 from assay.core.types import Rows
 from assay.data.data import Data
 
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 
 # Only these decoders, whatever the file's name says: Pillow would start Ghostscript for an EPS file.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
@@ -120,9 +118,7 @@ def is_colour(image: Image.Image, where: str) -> bool:
         DataError: it has more than 8 bits a channel.
     """
     if image.mode not in _GREY + _COLOUR:
-        raise DataError(
-            "an image of 8 bits a channel", f"{where} of mode {image.mode}", "Convert it, or use .npz."
-        )
+        raise DataError("an image of 8 bits a channel", f"{where} of mode {image.mode}", "Convert it, or use .npz.")
     return image.mode in _COLOUR
 
 
@@ -171,9 +167,7 @@ def folder(path: Path) -> Data:
         if not any(files):
             raise _not_classes(path, classes)
     except OSError as e:
-        raise DataError(
-            "a folder that can be read", f"{e.filename}: {e.strerror}", "Check its permissions."
-        ) from e
+        raise DataError("a folder that can be read", f"{e.filename}: {e.strerror}", "Check its permissions.") from e
     labelled = [[(p, label) for p in group] for label, group in enumerate(files)]
     dealt = [pair for pair in chain.from_iterable(zip_longest(*labelled)) if pair is not None]
     paths, labels = [p for p, _ in dealt], torch.tensor([label for _, label in dealt])
@@ -192,12 +186,8 @@ def _not_classes(path: Path, classes: list[Path]) -> DataError:
         return DataError(expected, "images directly in it", "Make a folder of each class's images.")
     if any(p.is_dir() and not p.name.startswith(".") for c in classes for p in c.iterdir()):
         within = ", ".join(str(path / c.name) for c in classes[:3])
-        return DataError(
-            expected, "folders of folders", f"Name the one that holds the classes, perhaps {within}."
-        )
-    found = (
-        f"{len(classes)} folders without images" if classes else f"{len([*path.iterdir()])} files, no folders"
-    )
+        return DataError(expected, "folders of folders", f"Name the one that holds the classes, perhaps {within}.")
+    found = f"{len(classes)} folders without images" if classes else f"{len([*path.iterdir()])} files, no folders"
     return DataError(expected, found, f"Images end in {' '.join(sorted(SUFFIXES))}.", code="empty-data")
 
 
@@ -212,9 +202,7 @@ class _Files:
         try:
             return self._paths[row].read_bytes()
         except OSError as e:
-            raise DataError(
-                "a file that can be read", f"{self._paths[row]}: {e.strerror}", "Mend or remove it."
-            ) from e
+            raise DataError("a file that can be read", f"{self._paths[row]}: {e.strerror}", "Mend or remove it.") from e
 
 
 @final

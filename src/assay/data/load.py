@@ -58,8 +58,7 @@ FORMS: dict[str, Form] = {
 }
 
 _FORMS_TEXT = (
-    "a folder of class folders, .npz with x and y, .parquet with image and label, demo:mnist, "
-    "or py:module:callable"
+    "a folder of class folders, .npz with x and y, .parquet with image and label, demo:mnist, or py:module:callable"
 )
 
 
@@ -97,12 +96,8 @@ def _load_text(source: str, limit: int | None, trust_pickle: bool) -> Data:
     path = Path(source)
     if not path.exists():
         if scheme:
-            raise DataError(
-                _FORMS_TEXT, f"{source!r}", closest(scheme[0], [f for f in FORMS if f[-1] == ":"])
-            )
-        raise DataError(
-            f"data that is there: {_FORMS_TEXT}", f"no file or folder {source!r}", "Check the path."
-        )
+            raise DataError(_FORMS_TEXT, f"{source!r}", closest(scheme[0], [f for f in FORMS if f[-1] == ":"]))
+        raise DataError(f"data that is there: {_FORMS_TEXT}", f"no file or folder {source!r}", "Check the path.")
     form = "/" if path.is_dir() else path.suffix.lower()
     if form not in FORMS:
         raise DataError(_FORMS_TEXT, f"the file {source!r}", "Convert it to one of these forms.")

@@ -21,9 +21,7 @@ def demo(name: str) -> Data:
     if name != "mnist":
         raise DataError("the name of demo data", repr(name), closest(name, ["mnist"]))
     images, labels = (_idx(f"t10k-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
-    data = from_arrays(images, labels, name="mnist", source="demo:mnist")
-    data.class_names = tuple("0123456789")
-    return data
+    return from_arrays(images, labels, name="mnist", source="demo:mnist", class_names="0123456789")
 
 
 def _idx(name: str) -> NDArray[np.uint8]:

@@ -39,9 +39,7 @@ def call_named(spec: str, error: type[AssayError], what: str) -> Any:
         ) from e
     for name in path.split("."):
         if not hasattr(found, name):
-            raise error(
-                f"{path!r} in module {module!r}, for {what}", "no such name", closest(name, dir(found))
-            )
+            raise error(f"{path!r} in module {module!r}, for {what}", "no such name", closest(name, dir(found)))
         found = getattr(found, name)
     if not callable(found):
         raise error(f"{spec} to be a callable, for {what}", type(found).__name__, "Name a function.")

@@ -53,9 +53,7 @@ def _items(dataset: "Dataset[Any]", source: str) -> Iterator[_Batch]:
         try:
             item = dataset[i]
         except Exception as e:  # the user's code
-            raise DataError(
-                "(x, y) for every item", f"{where} raised {type(e).__name__}: {e}", "Mend it."
-            ) from e
+            raise DataError("(x, y) for every item", f"{where} raised {type(e).__name__}: {e}", "Mend it.") from e
         x, y = _pair(item, where)
         if isinstance(x, Image.Image):
             x = pixels(x, 3 if is_colour(x, where) else 1)
@@ -78,9 +76,7 @@ def _joined(batches: Iterator[_Batch], source: str, limit: int | None) -> Data:
         if limit is not None and sum(map(len, ys)) >= limit:
             break
     if not xs:
-        raise DataError(
-            "at least one sample", f"none in {source}", "Give data with samples.", code="empty-data"
-        )
+        raise DataError("at least one sample", f"none in {source}", "Give data with samples.", code="empty-data")
     return from_arrays(torch.cat(xs), torch.cat(ys), name=source.rpartition(":")[2], source=source)
 
 

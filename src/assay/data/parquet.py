@@ -29,9 +29,7 @@ def parquet(path: Path) -> Data:
         raise _unreadable(path, e) from e
     cells = _Cells(path, file)
     samples = Images(cells, cells.where, len(labels))
-    return Data(
-        samples, labels, name=path.stem, source=str(path), class_names=_class_names(file.schema_arrow)
-    )
+    return Data(samples, labels, name=path.stem, source=str(path), class_names=_class_names(file.schema_arrow))
 
 
 def _labels(path: Path, file: Any) -> Labels:
@@ -56,9 +54,7 @@ def _labels(path: Path, file: Any) -> Labels:
     column = file.read(columns=["label"]).column("label")
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
-        raise DataError(
-            "a label in every row", f"null in row {row} of {path}", "Drop the rows without a label."
-        )
+        raise DataError("a label in every row", f"null in row {row} of {path}", "Drop the rows without a label.")
     return as_labels(column.to_numpy(), f"label of {path}")
 
 
@@ -91,9 +87,7 @@ class _Cells:
         cell = self._column[row - self._starts[group]].as_py()
         cell = cell["bytes"] if isinstance(cell, dict) else cell
         if not isinstance(cell, bytes):
-            raise DataError(
-                "an encoded image", f"nothing in {self.where(row)}", "Embed the images in the file."
-            )
+            raise DataError("an encoded image", f"nothing in {self.where(row)}", "Embed the images in the file.")
         return cell
 
     def _load(self, group: int) -> Any:
@@ -104,6 +98,4 @@ class _Cells:
 
 
 def _unreadable(path: Path, e: Exception) -> DataError:
-    return DataError(
-        "a readable parquet file", f"{path}: {e}", "The file is damaged or not parquet; make it anew."
-    )
+    return DataError("a readable parquet file", f"{path}: {e}", "The file is damaged or not parquet; make it anew.")

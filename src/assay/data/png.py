@@ -17,9 +17,7 @@ def write_png(path: Path, image: Tensor) -> None:
         DataError: not an image of one or three channels.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise DataError(
-            "images (1, h, w) or (3, h, w)", f"{tuple(image.shape)}", "Such inputs cannot be saved as PNG."
-        )
+        raise DataError("images (1, h, w) or (3, h, w)", f"{tuple(image.shape)}", "Such inputs cannot be saved as PNG.")
     levels = (image.detach().cpu().double() * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(path)

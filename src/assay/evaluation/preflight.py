@@ -44,7 +44,9 @@ def check_data(data: Data, box: Box) -> list[Finding]:
             (``non-finite-input``), negative labels, or a sample that cannot be read.
     """
     if not len(data):
-        raise DataError("at least one sample", f"none in {data.source}", "Check the path and --limit.", code="empty-data")
+        raise DataError(
+            "at least one sample", f"none in {data.source}", "Check the path and --limit.", code="empty-data"
+        )
     seen: set[int] = set()
     twice = start = 0
     low, high, outside = float("inf"), -float("inf"), []
@@ -52,9 +54,11 @@ def check_data(data: Data, box: Box) -> list[Finding]:
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0]
         if len(bad):
             raise DataError(
-                "finite inputs", f"NaN or infinity in {len(bad)} samples (first: sample {start + int(bad[0])})",
-                "Repair or remove these samples.", code="non-finite-input",
-            )  # fmt: skip
+                "finite inputs",
+                f"NaN or infinity in {len(bad)} samples (first: sample {start + int(bad[0])})",
+                "Repair or remove these samples.",
+                code="non-finite-input",
+            )
         outside += [start + int(i) for i in ((x < box.lo) | (x > box.hi)).flatten(1).any(1).nonzero()[:, 0]]
         low, high = min(low, float(x.min())), max(high, float(x.max()))
         for row in x:
@@ -66,8 +70,10 @@ def check_data(data: Data, box: Box) -> list[Finding]:
         raise DataError(
             f"inputs inside the box [{box.lo:g}, {box.hi:g}]",
             f"values from {low:g} to {high:g} in {data.source}, {len(outside)} of {len(data)} samples outside "
-            f"(first: sample {outside[0]})", _unit_hint(low, high), code="input-outside-box",
-        )  # fmt: skip
+            f"(first: sample {outside[0]})",
+            _unit_hint(low, high),
+            code="input-outside-box",
+        )
     return list(_duplicates(twice, len(data)))
 
 
@@ -80,9 +86,12 @@ def _unit_hint(low: float, high: float) -> str:
 def _duplicates(twice: int, n: int) -> Iterator[Finding]:
     if twice:
         yield Finding(
-            "duplicate-samples", "warning", f"{twice} of {n} samples are exact copies of another one.",
-            {"duplicates": twice, "n": n}, "Remove them: intervals count each sample as independent.",
-        )  # fmt: skip
+            "duplicate-samples",
+            "warning",
+            f"{twice} of {n} samples are exact copies of another one.",
+            {"duplicates": twice, "n": n},
+            "Remove them: intervals count each sample as independent.",
+        )
 
 
 def check_labels(data: Data, classes: int) -> None:
@@ -96,8 +105,9 @@ def check_labels(data: Data, classes: int) -> None:
         raise DataError(
             f"labels 0..{classes - 1}, as the model has {classes} outputs",
             f"{int(data.labels[wrong[0]])} at sample {int(wrong[0])} ({len(wrong)} such labels)",
-            "Check that model and data belong together, and the order of the classes.", code="bad-logits",
-        )  # fmt: skip
+            "Check that model and data belong together, and the order of the classes.",
+            code="bad-logits",
+        )
 
 
 def check_modes(model: Model) -> Iterator[Finding]:
@@ -107,10 +117,13 @@ def check_modes(model: Model) -> Iterator[Finding]:
     active = [type(m).__name__ for m in module.modules() if isinstance(m, kinds) and m.training] if module else []
     if active:
         yield Finding(
-            "train-mode", "info",
+            "train-mode",
+            "info",
             f"{len(active)} modules were in training mode ({', '.join(sorted(set(active)))}); the model is evaluated "
-            "in eval mode, and handed back as it was.", {"modules": len(active)}, "Call model.eval() before.",
-        )  # fmt: skip
+            "in eval mode, and handed back as it was.",
+            {"modules": len(active)},
+            "Call model.eval() before.",
+        )
 
 
 def check_model(model: Model, data: Data, threat: Threat, device: torch.device | str | None) -> Preflight:
@@ -152,35 +165,40 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 def _randomized(a: Tensor, b: Tensor) -> Finding:
     gap, flips = float((a - b).abs().max()), int((a.argmax(1) != b.argmax(1)).sum())
     return Finding(
-        "randomized", "warning",
+        "randomized",
+        "warning",
         f"Two passes of the same {len(a)} inputs differ by up to {gap:.3g} in a logit, {flips} predictions changed. "
         f"Every answer is now the mean of {EOT_SAMPLES} passes (expectation over the randomness).",
         {"max_difference": gap, "changed_predictions": flips, "n": len(a), "samples": EOT_SAMPLES},
         "Expect an averaged model's robustness, and figures that vary from machine to machine.",
-    )  # fmt: skip
+    )
 
 
 def _batch_dependence(live: Live, x: Tensor, z: Tensor) -> Iterator[Finding]:
     """Ask again in another order and with other neighbours."""
     order = torch.arange(len(x) - 1, -1, -1, device=x.device)
-    others = [_ask(live, x[order])[order], torch.cat([_ask(live, part) for part in x.split(max(1, len(x) // 3))])]
+    others = [_ask(live, x[order])[order], torch.cat([_ask(live, part) for part in x.tensor_split(3) if len(part)])]
     worst = max(others, key=lambda other: float((other - z).abs().max()))
     if _differ(z, worst):
         gap = float((worst - z).abs().max())
         yield Finding(
-            "batch-dependent", "warning",
+            "batch-dependent",
+            "warning",
             f"A sample's logits change by up to {gap:.3g} with the samples beside it. Robustness of a single sample is "
             "not defined for such a model, and results depend on the batch size.",
-            {"max_difference": gap}, "Look for statistics over the batch: normalisation, top-k, or a stateful detector.",
-        )  # fmt: skip
+            {"max_difference": gap},
+            "Look for statistics over the batch: normalisation, top-k, or a stateful detector.",
+        )
 
 
 _PROBABILITIES = Finding(
-    "probabilities-not-logits", "warning",
+    "probabilities-not-logits",
+    "warning",
     "The model returns probabilities. Their logarithm is attacked instead, in float64: gradients through a saturated "
     "softmax vanish, and attacks on it fail for that reason alone.",
-    {}, "Return logits: remove the last softmax (or sigmoid).",
-)  # fmt: skip
+    {},
+    "Return logits: remove the last softmax (or sigmoid).",
+)
 
 
 def _gradients(live: Live, x: Tensor, y: Tensor, threat: Threat) -> tuple[list[Finding], float]:
@@ -194,29 +212,37 @@ def _gradients(live: Live, x: Tensor, y: Tensor, threat: Threat) -> tuple[list[F
         grad = door.gradient(p.x0, p, LOSSES[loss]).grad
         shares[loss] = float((grad.flatten(1).abs().amax(1) == 0).double().mean())
     if not door.differentiable:
-        return [Finding(
-            "no-gradient", "warning",
-            "The model's output does not depend on its input in a way that can be differentiated. Gradient attacks "
-            "cannot work; a score-based attack takes over with a larger budget.",
-            {"samples": len(p)}, "Remove no_grad, detach, numpy or integer steps, or give a differentiable replacement.",
-        )], 1.0  # fmt: skip
+        return [
+            Finding(
+                "no-gradient",
+                "warning",
+                "The model's output does not depend on its input in a way that can be differentiated. Gradient attacks "
+                "cannot work; a score-based attack takes over with a larger budget.",
+                {"samples": len(p)},
+                "Remove no_grad, detach, numpy or integer steps, or give a differentiable replacement.",
+            )
+        ], 1.0
     if max(shares.values()) == 0:
         return [], 0.0
-    return [Finding(
-        "zero-gradient", "warning",
-        f"The input gradient is exactly zero on {shares['ce']:.0%} of {len(p)} samples for cross-entropy and "
-        f"{shares['margin']:.0%} for the margin. A score-based attack gets a larger budget.",
-        {"share_ce": shares["ce"], "share_margin": shares["margin"], "samples": len(p)},
-        "Look for saturated outputs (large logits, a softmax), rounding, thresholds or sign functions.",
-    )], shares["margin"]  # fmt: skip
+    return [
+        Finding(
+            "zero-gradient",
+            "warning",
+            f"The input gradient is exactly zero on {shares['ce']:.0%} of {len(p)} samples for cross-entropy and "
+            f"{shares['margin']:.0%} for the margin. A score-based attack gets a larger budget.",
+            {"share_ce": shares["ce"], "share_margin": shares["margin"], "samples": len(p)},
+            "Look for saturated outputs (large logits, a softmax), rounding, thresholds or sign functions.",
+        )
+    ], shares["margin"]
 
 
 def check_accuracy(right: int, n: int, classes: int) -> Iterator[Finding]:
     """Report a clean accuracy at or below chance."""
     if n and right / n <= 1 / classes:
         yield Finding(
-            "low-clean-accuracy", "warning",
-            f"Only {right} of {n} samples are classified correctly without any attack; guessing gets {1 / classes:.0%}.",
+            "low-clean-accuracy",
+            "warning",
+            f"Only {right} of {n} samples are right without any attack; guessing gets {1 / classes:.0%}.",
             {"right": right, "n": n, "classes": classes},
             "Labels or preprocessing are probably wrong: check the class order, --mean and --std, and the box.",
-        )  # fmt: skip
+        )

@@ -47,6 +47,8 @@ class Curve:
             ValueError: eps is beyond what was attacked.
         """
         if self.limit is not None and eps > self.limit:
-            raise ValueError(f"the curve is known up to eps = {self.limit:g}, the budget that was attacked; got {eps:g}")
+            raise ValueError(
+                f"the curve is known up to eps = {self.limit:g}, the budget that was attacked; got {eps:g}"
+            )
         at = int(np.searchsorted(self.sizes, eps, side="right")) - 1
         return float(self.robust[at]) if at >= 0 else 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
-from assay.models.model import PAD, Live
+from assay.models.model import PAD, Live, Net
 from assay.threats.problem import Goal, Problem
 
 Loss: TypeAlias = Callable[[Logits, Goal], PerSample]
@@ -58,6 +58,8 @@ class Door:
 
     ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m.
     Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
+    Scores and gradients come from layers tuned for speed and may differ by rounding (``patches.py``); ``logits``
+    and ``decide`` ask the network exactly as it is.
     ``differentiable`` says, after a question for a gradient, whether the model had one.
 
     Raises (from every question):
@@ -78,9 +80,7 @@ class Door:
     def logits(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
         with torch.no_grad():
-            parts = self._split(x, lambda part, at: (self._forward(part, rows[at]),))
-        self._count(rows, backward=False)
-        return torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
+            return self._ask(self.live, x, rows)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
         z = self.logits(x, p.rows)
@@ -88,9 +88,16 @@ class Door:
         return Decision(p.goal.reached(z), z.argmax(1))
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
-        z = self.logits(x, p.rows)
+        with torch.no_grad():
+            z = self._ask(self.live.search, x, p.rows)
         self._check_labels(p.goal, z)
         return Score(p.goal.reached(z), loss(z, p.goal).to(x.dtype), z)
+
+    def _ask(self, net: Net, x: Inputs, rows: Rows) -> Logits:
+        parts = self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
+        self._count(rows, backward=False)
+        logits: Logits = torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
+        return logits
 
     def gradient(self, x: Inputs, p: Problem, loss: Loss) -> Gradient:
         """Return logits, loss and input gradient at x; a model without a gradient gives zero."""
@@ -103,14 +110,14 @@ class Door:
     def _differentiate(self, x: Inputs, rows: Rows, goal: Goal, loss: Loss) -> tuple[Tensor, ...]:
         n = len(rows)
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        z = self._forward(x, rows)
+        z = self._forward(self.live.search, x, rows)
         self._check_labels(goal, z)
         value = loss(z, goal)
         if not value.requires_grad:
             self.differentiable = False
             return z, value, torch.zeros_like(x[:n])
         # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
-        (grad,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        grad: Tensor | None = torch.autograd.grad(value.sum(), x, allow_unused=True)[0]
         if grad is None:
             self.differentiable, grad = False, torch.zeros_like(x)
         return z.detach(), value.detach(), grad[:n].contiguous().nan_to_num(0.0)
@@ -154,9 +161,9 @@ class Door:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _forward(self, x: Inputs, rows: Rows) -> Logits:
+    def _forward(self, net: Net, x: Inputs, rows: Rows) -> Logits:
         """Return the logits of the samples ``rows``, with which x begins; the rest of x fills the batch."""
-        z = self.live(x)
+        z = net(x)
         if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
             raise ModelOutputError(
                 f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}", f"{tuple(z.shape)}",

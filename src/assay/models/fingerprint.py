@@ -58,9 +58,7 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
     elif isinstance(value, types.FunctionType):
         yield value.__qualname__.encode()
         yield from _code(value.__code__)
-        yield from _each(
-            (*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())), seen
-        )
+        yield from _each((*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())), seen)
     else:
         yield from _other(value, seen)
 

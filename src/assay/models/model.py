@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from assay.core.errors import ModelError, ModelOutputError
 from assay.core.types import Inputs, Logits
+from assay.models.patches import Patch, find_patches, patched
 from assay.threats.threat import Box
 
 Net: TypeAlias = Callable[[Tensor], Any]
 
 PAD = 8
-"""Batches are filled up to a multiple of this many rows. CPU kernels treat the rows of a full block alike and those of a
-remainder differently; with full blocks a sample's logits and gradients do not depend on its batch, to the last bit."""
+"""Batches are filled up to a multiple of this many rows. CPU kernels treat the rows of a full block alike and those of
+a remainder differently; with full blocks a sample's logits and gradients do not depend on its batch, to the last bit,
+where the numbers of features in all layers but the last are multiples of 4. (Others leave rows unaligned: MKL sums
+them in another order unless MKL_CBWR=AUTO,STRICT is set, and vectorised activations have a scalar remainder.)"""
 
 _CHANNELS_LAST_FROM = 16
-"""Input channels from which convolutions on a CPU are faster in channels_last (measured: benchmarks/step_overhead.py)."""
+"""Input channels from which convolutions on a CPU are faster in channels_last (see benchmarks/step_overhead.py)."""
 
 
 @final
@@ -94,8 +97,8 @@ class Model:
         # A caller's inference_mode would make every gradient zero, and a model look robust.
         with torch.inference_mode(False), torch.random.fork_rng(devices):
             try:
-                kept.freeze(target, layout)
-                yield Live(self, target, layout)
+                kept.freeze(target)
+                yield Live(self, target, layout, find_patches(kept.module, layout))
             finally:
                 kept.restore()
 
@@ -137,25 +140,29 @@ _LEAST_PROBABILITY = 1e-300
 @final
 @dataclass(slots=True)
 class Live:
-    """A model in use: frozen, on its device, in the memory format that pays."""
+    """A model in use: frozen, and on its device."""
 
     model: Model
     device: torch.device
     layout: torch.memory_format
+    patches: list[Patch]
 
     def __call__(self, x: Inputs) -> Logits:
-        if self.layout != torch.channels_last:
-            return self.model._logits(x, self.layout)
+        """Ask the network exactly as it is."""
+        return self.model._logits(x, torch.contiguous_format)
+
+    def search(self, x: Inputs) -> Logits:
+        """Ask in less time, for the same up to rounding: to look for something, not to prove it."""
         try:
-            return self.model._logits(x, self.layout)
+            with patched(self.patches):
+                return self.model._logits(x, self.layout)
         except RuntimeError as e:
-            # A net that calls .view() on a channels_last tensor: use the ordinary layout from here on.
-            if "view size is not compatible" not in str(e):
+            if "view size is not compatible" not in str(e) or self.layout != torch.channels_last:
                 raise
-            self.layout = torch.contiguous_format
-            if self.model.module is not None:
-                _relayout(self.model.module, self.layout)
-            return self.model._logits(x, self.layout)
+        # A net that calls .view() on a channels_last tensor: use the ordinary memory format from here on.
+        self.layout = torch.contiguous_format
+        self.patches = find_patches(nn.Module() if self.model.module is None else self.model.module, self.layout)
+        return self.search(x)
 
 
 class _Kept:
@@ -168,7 +175,7 @@ class _Kept:
         self.data = [(p, p.data) for p in module.parameters()]
         self.buffers = [(m, n, b) for m in module.modules() for n, b in m._buffers.items() if b is not None]
 
-    def freeze(self, device: torch.device, layout: torch.memory_format) -> None:
+    def freeze(self, device: torch.device) -> None:
         for m, _ in self.modes:
             m.training = False  # not .eval(): it may be overridden, and exported modules refuse it
         for p, _ in self.grads:
@@ -177,7 +184,6 @@ class _Kept:
                 p.data = p.data.to(device)
         for m, n, b in self.buffers:
             m._buffers[n] = b.detach().to(device, copy=True)
-        _relayout(self.module, layout)
 
     def restore(self) -> None:
         for p, data in self.data:
@@ -188,12 +194,6 @@ class _Kept:
             m._buffers[n] = b
         for m, mode in self.modes:
             m.training = mode
-
-
-def _relayout(module: nn.Module, layout: torch.memory_format) -> None:
-    for p in module.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=layout)
 
 
 def _device_of(module: nn.Module | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""The samples that tell most: the closest calls, the most confident mistakes, and one of each class."""
+"""The samples that tell most: the closest calls, the surest mistakes, and one of each class."""
 
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 SHOWN: Final = 12
 
-_CLOSE, _SURE, _CLASS = "smallest change", "most confident mistake", "one of its class"
+_CLOSE, _SURE, _CLASS = "smallest change", "surest before and after", "one of its class"
 
 
 @final
@@ -50,9 +50,7 @@ class Card:
     views: tuple[View, ...]
 
 
-def gallery(
-    s: Summary, samples: pa.Table, stored: Iterable[Mapping[str, np.ndarray]], box: Any
-) -> tuple[Card, ...]:
+def gallery(s: Summary, samples: pa.Table, stored: Iterable[Mapping[str, np.ndarray]], box: Any) -> tuple[Card, ...]:
     """Choose and draw about a dozen fooled samples; holds only the candidates in memory."""
     facts = _facts(samples)
     return tuple(_card(s, row, why, box) for row, why in _chosen(facts, _fooled(facts, stored)))
@@ -73,11 +71,13 @@ def _fooled(facts: Mapping[int, Row], stored: Iterable[Mapping[str, np.ndarray]]
                 yield {**facts[index], **arrays}
 
 
+_SURE_BY = {"clean_confidence", "confidence"}
 _ARRAYS = {"x", "clean", "clean_confidence", "confidence"}
 
 
 def _sure(row: Row) -> float:
-    return float(row["confidence"]) if "confidence" in row else -1.0
+    """Rank by confidence, before and after: a shrunk input is at the boundary, where after alone tells little."""
+    return sum(float(row[c]) for c in ("clean_confidence", "confidence")) if row.keys() >= _SURE_BY else -1.0
 
 
 def _chosen(facts: Mapping[int, Row], fooled: Iterable[Row]) -> list[tuple[Row, str]]:
@@ -171,9 +171,7 @@ def _views(s: Summary, row: Row, scale: float, box: Any) -> tuple[View, ...]:
     return tuple(views)
 
 
-def _view(
-    caption: str, alt: str, values: np.ndarray, clean: np.ndarray | None, low: float, high: float
-) -> View:
+def _view(caption: str, alt: str, values: np.ndarray, clean: np.ndarray | None, low: float, high: float) -> View:
     image = as_image(values)
     if image is not None:
         return View(caption, alt, png=picture(image, low, high))

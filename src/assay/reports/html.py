@@ -22,7 +22,7 @@ from assay.core.errors import RunError
 from assay.reports import text
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
-from assay.reports.summary import ClassRow, Manifest, Summary, dig, rows, summarize
+from assay.reports.summary import ClassRow, Manifest, Summary, dig, read, rows, summarize
 from assay.reports.table import median_size, sentence
 from assay.runs import Run
 
@@ -57,8 +57,8 @@ def write_report(run: Run, out: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """Return the report as text."""
-    samples = run.samples()
-    s = summarize(run.manifest, samples)
+    manifest, samples = read(run)
+    s = summarize(manifest, samples)
     cards, trouble = _cards(run, s, samples)
     script = _part("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -93,8 +93,8 @@ def _environment() -> Environment:
 
 
 def together(sentence: str) -> Markup:
-    """Keep each number and its percent sign on one line."""
-    return Markup(re.sub(r"(\d[\d.,]* %)", r'<span class="nb">\1</span>', str(escape(sentence))))
+    """Keep each number and its unit on one line."""
+    return Markup(re.sub(r"(\d[\d.,]* (?:%|s\b|min\b|h\b))", r'<span class="nb">\1</span>', str(escape(sentence))))
 
 
 def _length(share: float | None) -> str:
@@ -130,9 +130,7 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
         held = "the figures hold for those only" if s.n else "nothing is stored yet"
         yield "bad", f"Interrupted after {text.count(s.n)}{of} {s.noun}s: {held}."
     if s.n:
-        bound = (
-            "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
-        )
+        bound = "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
         yield "plain", f"An upper bound on the truth: {bound}."
     if s.certified.value is not None:
         yield (
@@ -169,9 +167,7 @@ def _verified(claimed: int, rejected: int) -> tuple[str, str]:
 
 def _sheets(manifest: Manifest, s: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the manifest as titled lists of names and values."""
-    identity = {
-        k: v for k, v in _items(manifest, "identity") if k not in ("threat", "stages", "model", "data")
-    }
+    identity = {k: v for k, v in _items(manifest, "identity") if k not in ("threat", "stages", "model", "data")}
     sheets = [
         ("Model", dict(_items(manifest, "model"))),
         ("Data", {k: v for k, v in _items(manifest, "data") if k != "class_names"}),
@@ -183,10 +179,7 @@ def _sheets(manifest: Manifest, s: Summary) -> list[tuple[str, list[tuple[str, s
             {k: _moment(manifest.get(k)) for k in ("created", "updated")} | {"assay": manifest.get("assay")},
         ),
     ]
-    return [
-        (title, [(k, text.call(v)) for k, v in sheet.items() if k and v is not None])
-        for title, sheet in sheets
-    ]
+    return [(title, [(k, text.call(v)) for k, v in sheet.items() if k and v is not None]) for title, sheet in sheets]
 
 
 def _items(manifest: Manifest, *keys: str) -> list[tuple[str, Any]]:

@@ -72,18 +72,9 @@ def _bar(s: Snapshot) -> Table:
 def _line(s: Snapshot, first: Snapshot, elapsed: float, at_most: str) -> Text:
     """Write the second line; what was there before this session does not enter the speeds."""
     spent = s.seconds - first.seconds
-    speed = (
-        f"{count((s.passes - first.passes) / spent)} passes/s"
-        if spent > 0 and s.passes > first.passes
-        else ""
-    )
-    parts = [
-        s.stage,
-        f"{count(s.fooled)} fooled",
-        speed,
-        f"{clock(elapsed)} elapsed",
-        _left(s, first, elapsed),
-    ]
+    speed = f"{count((s.passes - first.passes) / spent)} passes/s" if spent > 0 and s.passes > first.passes else ""
+    speeds = [_left(s, first, elapsed), f"{clock(elapsed)} elapsed", speed]
+    parts = [f"{count(s.fooled)} fooled", s.stage, *speeds]
     line = Text(no_wrap=True, overflow="ellipsis")
     if s.done:
         share = min(1.0, max(0.0, (s.right - s.fooled) / s.done))

@@ -1,7 +1,7 @@
 """A run in numbers, read from its manifest and completed from its table; what is missing is no error."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from assay.reports.text import Units
+from assay.runs import Run
 
 Manifest = Mapping[str, Any]
 
@@ -172,12 +173,36 @@ def rate(right: int, n: int, confidence: float) -> Rate:
 
 def noun_of(shape: Any) -> str:
     """Call samples images where their shape is that of one."""
-    image = (
-        isinstance(shape, list | tuple)
-        and len(shape) == 3
-        and (shape[0] in (1, 3, 4) or shape[-1] in (1, 3, 4))
-    )
+    image = isinstance(shape, list | tuple) and len(shape) == 3 and (shape[0] in (1, 3, 4) or shape[-1] in (1, 3, 4))
     return "image" if image else "sample"
+
+
+def read(run: Run) -> tuple[Manifest, pa.Table]:
+    """Return a run's manifest and table; totals that a killed run left behind are summed up from its batches."""
+    samples = run.samples()
+    totals = run.manifest.get("totals")
+    if whole(dig(totals, "n")) == len(samples):
+        return run.manifest, samples
+    tallies = [*run.tallies()]
+    summed = {key: _sum(t.get(key) for t in tallies) for key in ("seconds", "claimed", "rejected")}
+    interval = {"confidence": dig(totals, "interval", "confidence")}
+    known = summed | {"n": len(samples), "stages": _merged(tallies), "interval": interval}
+    return {**run.manifest, "totals": known}, samples
+
+
+def _sum(values: Iterable[Any]) -> float | None:
+    found = [v for v in map(number, values) if v is not None]
+    return sum(found) if found else None
+
+
+def _merged(tallies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add up the stages of all batches by name, in the order of their first appearance."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for tally in tallies:
+        for stage in rows(tally.get("stages")):
+            by_name.setdefault(str(stage.get("name", "?")), []).append(stage)
+    columns = ("entered", "broken", "forwards", "backwards", "seconds")
+    return [{"name": n} | {c: _sum(s.get(c) for s in same) for c in columns} for n, same in by_name.items()]
 
 
 def summarize(manifest: Manifest, samples: pa.Table | None = None) -> Summary:
@@ -220,9 +245,7 @@ def _names(manifest: Manifest) -> tuple[str, ...]:
     return tuple(map(str, given)) if isinstance(given, list | tuple) else ()
 
 
-def _counted(
-    manifest: Manifest, samples: pa.Table | None, eps: float | None, confidence: float
-) -> dict[str, Any]:
+def _counted(manifest: Manifest, samples: pa.Table | None, eps: float | None, confidence: float) -> dict[str, Any]:
     """Return n, the rates and the passes: of the totals, or of the table where those are not about it."""
     totals = dig(manifest, "totals")
     n, clean = whole(dig(totals, "n")), number(dig(totals, "clean_accuracy"))
@@ -337,7 +360,5 @@ def _evidence(evidence: Any) -> tuple[tuple[str, str], ...]:
 
 def _brief(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(_brief, value[:12])) + (
-            f", ... ({len(value)} in all)" if len(value) > 12 else ""
-        )
+        return ", ".join(map(_brief, value[:12])) + (f", ... ({len(value)} in all)" if len(value) > 12 else "")
     return f"{value:.6g}" if isinstance(value, float) else str(value)

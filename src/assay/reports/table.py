@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from assay.reports.summary import Manifest, Rate, Summary, summarize
+from assay.reports.summary import Manifest, Rate, Summary, read, summarize
 from assay.reports.text import DASH, NORMS, count, duration, percent, plural, span
 from assay.runs import Run
 
@@ -88,7 +88,7 @@ def median_size(samples: pa.Table) -> float | None:
 
 def print_run(run: Run | Manifest, console: Console) -> None:
     """Print a compact summary: the verdict, the rates, what it cost, the stages, the findings."""
-    manifest, samples = (run.manifest, run.samples()) if isinstance(run, Run) else (run, None)
+    manifest, samples = read(run) if isinstance(run, Run) else (run, None)
     s = summarize(manifest, samples)
     console.print(Text(sentence(s, samples), style="bold"))
     console.print()
@@ -107,9 +107,7 @@ def _rates(s: Summary) -> Table:
     grid.add_column(style="dim")
     for name, r in (("clean", s.clean), ("robust", s.robust), ("proven", s.certified)):
         if r.value is not None:
-            grid.add_row(
-                name, Text(percent(r.value), style="bold"), span(r.low, r.high) if r.low is not None else ""
-            )
+            grid.add_row(name, Text(percent(r.value), style="bold"), span(r.low, r.high) if r.low is not None else "")
     each = f"{count(s.forwards)} forward, {count(s.backwards)} backward" if s.passes is not None else ""
     grid.add_row("passes per sample", count(s.per_sample), each)
     grid.add_row("time", duration(s.seconds), "")
@@ -125,8 +123,8 @@ def _plain_table(**options: bool) -> Table:
 
 def _stage_table(s: Summary) -> Table:
     table = _plain_table()
-    table.add_column("stage")
-    for head in ("entered", "broken", "still right", "passes/sample", "share of passes", "seconds"):
+    table.add_column("stage", no_wrap=True)
+    for head in ("entered", "broken", "still right", "passes each", "share", "time"):
         table.add_column(head, justify="right", overflow="fold")
     for stage in s.stages:
         table.add_row(
@@ -140,9 +138,7 @@ def _print_findings(s: Summary, console: Console) -> None:
     if not s.findings:
         console.print(Text("No findings: nothing was seen that makes these numbers doubtful.", style="dim"))
     for note in s.findings:
-        line = Text.assemble(
-            (note.severity, _COLOURS[note.severity]), " ", (note.code, "bold"), f"  {note.message}"
-        )
+        line = Text.assemble((note.severity, _COLOURS[note.severity]), " ", (note.code, "bold"), f"  {note.message}")
         console.print(line)
         if note.remedy:
             console.print(Padding(Text(note.remedy, style="dim"), (0, 0, 0, 2)))
@@ -153,11 +149,11 @@ def compare_table(runs: Iterable[Run | Manifest]) -> Table:
     table = _plain_table()
     for head in ("run", "model", "threat"):
         table.add_column(head, overflow="fold")
-    for head in ("n", "clean", "robust", "interval", "passes", "seconds"):
+    for head in ("n", "clean", "robust", "interval", "passes", "time"):
         table.add_column(head, justify="right", no_wrap=True)
     for run in runs:
-        name, manifest = (run.path.name, run.manifest) if isinstance(run, Run) else (DASH, run)
-        s = summarize(manifest, run.samples() if isinstance(run, Run) else None)
+        name = run.path.name if isinstance(run, Run) else DASH
+        s = summarize(*read(run)) if isinstance(run, Run) else summarize(run)
         table.add_row(
             Text(name), Text(s.model), Text(s.threat), count(s.n) + ("" if s.complete else "*"),
             percent(s.clean.value), percent(s.robust.value), span(s.robust.low, s.robust.high),

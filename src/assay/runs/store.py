@@ -83,9 +83,10 @@ class Run:
             strays = [p.name for p in self.path.iterdir() if p.name not in _OURS]
             if strays or any((self.path / "samples").iterdir()):
                 raise RunError(
-                    f"an empty folder or a run in {self.path}", f"{', '.join(strays[:3]) or 'rows without a manifest'}",
+                    f"an empty folder or a run in {self.path}",
+                    f"{', '.join(strays[:3]) or 'rows without a manifest'}",
                     "Choose another --out.",
-                )  # fmt: skip
+                )
             return
         there = Run.read(self.path)
         if not resume:
@@ -93,15 +94,16 @@ class Run:
         differences = list(_differences(there.manifest.get("identity", {}), self.manifest.get("identity", {})))
         if differences:
             raise RunError(
-                f"the settings of the run in {self.path}", "; ".join(differences),
+                f"the settings of the run in {self.path}",
+                "; ".join(differences),
                 "Choose another --out, or repeat the run's own settings to go on with it.",
-            )  # fmt: skip
+            )
         self.manifest["created"] = there.manifest.get("created", self.manifest.get("created"))
 
     def _acquire(self) -> None:
         """Hold the folder as long as the run is open, so that two processes cannot write one run."""
         try:
-            import fcntl  # noqa: PLC0415  (not on Windows, where nothing is held)
+            import fcntl
         except ImportError:
             return
         with _told(self.path):

@@ -97,11 +97,13 @@ class L2:
     is_box: bool = False
 
     def size(self, d: Inputs) -> PerSample:
-        return torch.linalg.vector_norm(d.flatten(1), dim=1)
+        size: Tensor = torch.linalg.vector_norm(d.flatten(1), dim=1)
+        return size
 
     def dual(self, g: Inputs) -> PerSample:
         # In float64, for squares of float32 gradients underflow below 1e-19.
-        return torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).to(g.dtype)
+        size: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64)
+        return size.to(g.dtype)
 
     def steepest(self, g: Inputs, support: int | Tensor = 1) -> Inputs:
         # The largest coordinate is divided out first: squares of float32 gradients underflow below 1e-19.

@@ -33,7 +33,7 @@ class Goal:
         assert self.target is not None
         return guess == self.target
 
-    def take(self, rows: Rows) -> "Goal":
+    def take(self, rows: Rows | slice) -> "Goal":
         return Goal(*(None if v is None else v[rows] for v in (self.label, self.target)))
 
 
@@ -117,7 +117,8 @@ class Problem:
 
     def allows(self, x: Inputs) -> Mask:
         """Tell which points are inside box and ball, as far as the working precision can tell."""
-        inside = ((x >= self.lower) & (x <= self.upper)).flatten(1).all(1)
+        # Differences and their least value: half the time of comparing, and NaN is outside all the same.
+        inside = ((x - self.lower).flatten(1).amin(1) >= 0) & ((self.upper - x).flatten(1).amin(1) >= 0)
         return inside if self.norm.is_box else inside & (self.size(x) <= self.radius)
 
 

@@ -121,6 +121,7 @@ class Threat:
 
 
 def replace_box(threat: Threat, box: Box) -> Threat:
+    """Return the threat with this box."""
     return Threat(threat.norm, threat.eps, box, threat.targeted)
 
 

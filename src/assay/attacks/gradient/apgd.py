@@ -10,7 +10,7 @@ from torch import Tensor
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, Mask, PerSample, choose
 from assay.models.door import Gradient, Loss
 from assay.threats.problem import Problem
 

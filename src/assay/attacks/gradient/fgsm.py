@@ -44,7 +44,7 @@ class FGSM(GradientAttack[FGSMState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
-    steps: ClassVar[int] = 1
+    steps: ClassVar[int] = 1  # type: ignore[misc]  # no parameter here
     loss: Loss = cross_entropy
 
     def init(self, p: Problem) -> FGSMState:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
-
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS

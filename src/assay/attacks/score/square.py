@@ -120,11 +120,11 @@ def _repaint(p: Problem, kept: Inputs, share: float) -> Inputs:
 
 
 def _pyramid(h: int, w: int) -> Tensor:
-    """Return rectangles around the centre, piled up, the q-th from inside 1 / (q + 1)^2 high; of unit length (eq. 2)."""
+    """Pile up rectangles around the centre, the q-th from inside 1 / (q + 1)^2 high; of unit length (eq. 2)."""
     away = torch.maximum((torch.arange(h) - h // 2).abs()[:, None], (torch.arange(w) - w // 2).abs())
     heights = 1 / torch.arange(1, max(h, w) // 2 + 2, dtype=torch.float64).square()
-    pile = heights.flip(0).cumsum(0).flip(0)[away]
-    return pile / pile.norm()
+    pile: Tensor = heights.flip(0).cumsum(0).flip(0)[away]
+    return pile / pile.square().sum().sqrt()
 
 
 def _pair(h: int, w: int) -> Tensor:
@@ -132,7 +132,7 @@ def _pair(h: int, w: int) -> Tensor:
     if h == 1 < w:
         return _pair(w, 1).T
     pair = torch.cat([_pyramid(h // 2, w), -_pyramid(h - h // 2, w)])
-    return pair / pair.norm()
+    return pair / pair.square().sum().sqrt()
 
 
 def _pairs(p: Problem, sides: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
@@ -180,7 +180,7 @@ def _odd_sides(share: float, h: int, w: int) -> tuple[int, int]:
 
 def _unit(d: Tensor) -> Tensor:
     """Scale every channel of d (b, c, h, w) to unit length."""
-    return d / d.flatten(2).norm(dim=2).clamp_min(TINY)[:, :, None, None]
+    return d / d.square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY)
 
 
 def _place(pair: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -24,9 +24,7 @@ def load(r: Request) -> Loaded:
     try:
         state = read((resources.files("assay.models.demo") / f"{r.rest}.safetensors").read_bytes())
     except OSError as e:
-        raise ModelError(
-            f"{r.rest}.safetensors in the installed package", f"{e}", "Reinstall the package."
-        ) from e
+        raise ModelError(f"{r.rest}.safetensors in the installed package", f"{e}", "Reinstall the package.") from e
     return Loaded(weights.fit(net, state, r.source))
 
 

@@ -25,9 +25,7 @@ FORMS: dict[str, str] = {
 }
 LATER = (".onnx", ".keras", "timm:", "hf:")
 
-_FORMS_TEXT = (
-    "a model file (.pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
-)
+_FORMS_TEXT = "a model file (.pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
 
 
 def load_model(

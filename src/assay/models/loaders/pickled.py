@@ -27,9 +27,7 @@ def load(r: Request) -> Loaded:
         if isinstance(net, nn.Module):
             return Loaded(net)
     if not isinstance(found, Mapping):
-        raise ModelError(
-            "a state dict, or a network", f"{type(found).__name__} in {r.path}", "Save net.state_dict()."
-        )
+        raise ModelError("a state dict, or a network", f"{type(found).__name__} in {r.path}", "Save net.state_dict().")
     return Loaded(weights.fit(weights.build(r.arch, r.source), found, r.source))
 
 
@@ -37,9 +35,7 @@ def _read(r: Request) -> Any:
     safe = not r.trust_pickle
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # on protocols and old formats, which load or fail anyway
+            warnings.simplefilter("ignore", UserWarning)  # on protocols and old formats, which load or fail anyway
             mapped = safe and zipfile.is_zipfile(r.path)
             return torch.load(r.path, map_location="cpu", weights_only=safe, mmap=mapped)
     except Exception as e:  # a parser given hostile bytes, or code of a trusted file, may raise anything

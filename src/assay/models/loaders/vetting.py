@@ -39,12 +39,8 @@ _SYMBOLIC = re.compile(
     r"|FloatTrueDiv|TruncToInt|TruncToFloat|RoundToInt|ToFloat|Identity"
 )
 _TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
-_FREE = (
-    "metadata",
-    "guards_code",
-    "as_string",
-    "as_strings",
-)  # never run: comments, unused guards, constants
+_FREE = ("metadata", "guards_code", "as_string", "as_strings")
+"""Texts that are never run: remarks, guards that are not asked for, constants that are written with repr."""
 
 
 def vet(path: Path) -> None:
@@ -82,9 +78,7 @@ def _vet_members(reader: Any, path: Path) -> None:
             _vet_tensors(reader, path, f"data/{kind}/", name, names)
         _vet_program(json.loads(reader.read_bytes(f"models/{name}.json")), path, "program")
     if programs != ["model"]:
-        raise ModelError(
-            "one program, named model", f"{programs} in {path}", "Export it with torch.export.save."
-        )
+        raise ModelError("one program, named model", f"{programs} in {path}", "Export it with torch.export.save.")
 
 
 def _vet_tensors(reader: Any, path: Path, folder: str, name: str, names: list[str]) -> None:

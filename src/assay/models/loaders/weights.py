@@ -63,9 +63,7 @@ def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as e:
-        raise ModelError(
-            f"the weights of {type(net).__name__}", f"{source}: {e}", "Give the right --arch."
-        ) from e
+        raise ModelError(f"the weights of {type(net).__name__}", f"{source}: {e}", "Give the right --arch.") from e
     return net
 
 

@@ -1,0 +1,124 @@
+"""What a run's manifest says: before it begins, and what the whole of it showed."""
+
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.data import Data
+from assay.evaluation.efforts import Stage
+from assay.evaluation.finding import Finding
+from assay.evaluation.preflight import Preflight, check_accuracy
+from assay.evaluation.result import Evaluation
+from assay.models import Model
+from assay.models.fingerprint import fingerprint
+from assay.runs import Run
+from assay.threats import Threat
+
+_TOLERANCE = (
+    "Random numbers belong to samples, so batches, workers and interruptions change nothing but the rounding of "
+    "float32 kernels. On a CPU full blocks of rows make that exact for the usual layers; elsewhere single samples near the "
+    "boundary may differ."
+)
+
+
+def new_manifest(
+    model: Model,
+    checked: Preflight,
+    data: Data,
+    threat: Threat,
+    effort: str,
+    stages: tuple[Stage, ...],
+    seed: int,
+    device: torch.device | str | None,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return the manifest of a run that has not begun. ``identity`` is what decides its numbers."""
+    from assay import __version__
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    norm = {"box": [model.domain.lo, model.domain.hi], "mean": model.mean, "std": model.std}
+    marks = {"model": fingerprint(model), "data": data.fingerprint()}
+    module = model.module
+    return {
+        "assay": __version__,
+        "complete": False,
+        "created": now,
+        "updated": now,
+        "command": command,
+        "identity": {
+            "threat": threat.to_json(),
+            "effort": effort,
+            "stages": [s.to_json() for s in stages],
+            "seed": seed,
+            "prove": None,
+            **marks,
+        },
+        "model": {
+            "name": model.name,
+            "fingerprint": marks["model"],
+            "classes": checked.classes,
+            **_plain(norm),
+            "parameters": sum(p.numel() for p in module.parameters()) if module else None,
+            "samples": checked.model.samples,
+            "probabilities": checked.model.probabilities,
+        },
+        "data": {
+            "name": data.name,
+            "source": data.source,
+            "fingerprint": marks["data"],
+            "n": len(data),
+            "shape": list(data.shape),
+            "class_names": list(data.class_names) if data.class_names else None,
+        },
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "platform": f"{platform.system()} {platform.machine()}",
+            "device": str(device or "as the model"),
+            "threads": torch.get_num_threads(),
+        },
+        "tolerance": _TOLERANCE,
+        "totals": None,
+        "findings": [],
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, Tensor | np.ndarray) else v for k, v in values.items()}
+
+
+def finish(run: Run, result: Evaluation, findings: list[Finding], checked: Preflight, *, complete: bool) -> None:
+    """Write what the whole run showed into its manifest."""
+    totals = result.totals()
+    right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
+    findings += [*check_accuracy(right, result.n, checked.classes), *_after_work(totals)]
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    run.save(complete=complete, updated=now, totals=totals, findings=[f.to_json() for f in findings])
+
+
+def _after_work(totals: dict[str, Any]) -> Iterator[Finding]:
+    """Report claims that failed verification, and adversarial inputs that 8-bit storage undoes."""
+    if totals["rejected"]:
+        yield Finding(
+            "unverified-claims",
+            "warning",
+            f"{totals['rejected']} of {totals['claimed']} claims did not hold in a fresh pass and do not count.",
+            {"claimed": totals["claimed"], "rejected": totals["rejected"]},
+            "Look for randomness or dependence on the batch in the model.",
+        )
+    fooled = totals["claimed"] - totals["rejected"]
+    if totals["survive_8bit"] < fooled:
+        yield Finding(
+            "lost-at-8-bit",
+            "info",
+            f"{fooled - totals['survive_8bit']} of {fooled} adversarial inputs no longer fool when rounded to 8 bits, "
+            "as an image file does. The figures hold for inputs of full precision.",
+            {"fooled": fooled, "survive": totals["survive_8bit"]},
+            "Store adversarial inputs as floats (.npz).",
+        )
