@@ -110,9 +110,17 @@ def cleverhans_pgd(task: Task) -> Attack:
 
     def run() -> Any:
         return projected_gradient_descent(
-            task.net, task.x, task.eps, task.step, task.steps, np.inf, clip_min=0.0, clip_max=1.0, y=task.y,
+            task.net,
+            task.x,
+            task.eps,
+            task.step,
+            task.steps,
+            np.inf,
+            clip_min=0.0,
+            clip_max=1.0,
+            y=task.y,
             rand_init=True,
-        ).detach()  # fmt: skip
+        ).detach()
 
     return run
 
@@ -124,13 +132,23 @@ def art_pgd(task: Task) -> Attack:
 
     x, y = task.x.numpy(), task.y.numpy()
     model = PyTorchClassifier(
-        task.net, loss=nn.CrossEntropyLoss(), input_shape=x.shape[1:], nb_classes=10, clip_values=(0.0, 1.0),
+        task.net,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=x.shape[1:],
+        nb_classes=10,
+        clip_values=(0.0, 1.0),
         device_type="cpu",
-    )  # fmt: skip
+    )
     attack = ProjectedGradientDescentPyTorch(
-        model, norm="inf", eps=task.eps, eps_step=task.step, max_iter=task.steps, num_random_init=1,
-        batch_size=len(x), verbose=False,
-    )  # fmt: skip
+        model,
+        norm="inf",
+        eps=task.eps,
+        eps_step=task.step,
+        max_iter=task.steps,
+        num_random_init=1,
+        batch_size=len(x),
+        verbose=False,
+    )
     return lambda: attack.generate(x, y)
 
 

@@ -87,10 +87,15 @@ class SmallNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(1568, 100),
+            nn.ReLU(),
+            nn.Linear(100, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (b, 10)."""
@@ -124,13 +129,18 @@ class BasicBlock(nn.Module):
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()
         self.branch = nn.Sequential(
-            nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(),
-            nn.Conv2d(outer, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer),
-        )  # fmt: skip
+            nn.Conv2d(inner, outer, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outer),
+            nn.ReLU(),
+            nn.Conv2d(outer, outer, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outer),
+        )
         plain = stride == 1 and inner == outer
-        self.shortcut = nn.Sequential() if plain else nn.Sequential(
-            nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
-        )  # fmt: skip
+        self.shortcut = (
+            nn.Sequential()
+            if plain
+            else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features after the block."""
@@ -178,9 +188,12 @@ def _counted(row: Row, task: Task, run: Attack) -> Row:
     n = len(task.x)
     fooled = (_predictions(task.net, x) != task.y).float().mean().item()
     return replace(
-        row, forwards=count["forwards"] / n, backwards=count["backwards"] / n, fooled=fooled,
+        row,
+        forwards=count["forwards"] / n,
+        backwards=count["backwards"] / n,
+        fooled=fooled,
         largest=(x - task.x).abs().max().item(),
-    )  # fmt: skip
+    )
 
 
 def _take_turns(runs: dict[str, Attack], rounds: int) -> dict[str, Times]:
@@ -218,9 +231,17 @@ def _timed(row: Row, own: Times, bare: Times) -> Row:
 def show(rows: Sequence[Row]) -> str:
     """Write the rows as a table in Markdown."""
     head = (
-        "contestant", "version", "CPU s min / median", "ratio", "ratio of min", "wall s median", "wall ratio",
-        "forwards", "backwards", "fooled",
-    )  # fmt: skip
+        "contestant",
+        "version",
+        "CPU s min / median",
+        "ratio",
+        "ratio of min",
+        "wall s median",
+        "wall ratio",
+        "forwards",
+        "backwards",
+        "fooled",
+    )
     body = [(r.name, r.version, r.problem, *[""] * 7) if r.problem else _cells(r) for r in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [head, tuple("-" * w for w in widths), *body]
@@ -230,10 +251,17 @@ def show(rows: Sequence[Row]) -> str:
 
 def _cells(r: Row) -> tuple[str, ...]:
     return (
-        r.name, r.version, f"{r.cpu_min:.3f} / {r.cpu_median:.3f}", f"{r.cpu_ratio:.3f}",
-        f"{r.cpu_ratio_of_min:.3f}", f"{r.wall_median:.3f}", f"{r.wall_ratio:.3f}", f"{r.forwards:.2f}",
-        f"{r.backwards:.2f}", f"{r.fooled:.1%}",
-    )  # fmt: skip
+        r.name,
+        r.version,
+        f"{r.cpu_min:.3f} / {r.cpu_median:.3f}",
+        f"{r.cpu_ratio:.3f}",
+        f"{r.cpu_ratio_of_min:.3f}",
+        f"{r.wall_median:.3f}",
+        f"{r.wall_ratio:.3f}",
+        f"{r.forwards:.2f}",
+        f"{r.backwards:.2f}",
+        f"{r.fooled:.1%}",
+    )
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -280,9 +308,12 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     machine = {
-        "date": date.today().isoformat(), "torch": torch.__version__, "threads": args.threads,
-        "cores": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "cores": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
     chosen = [c for i, c in enumerate(CONTESTANTS) if not (args.only and i) or c.name in args.only]
     result: dict[str, Any] = {"machine": machine, "note": NOTE, "cases": {}}
@@ -293,8 +324,12 @@ def main() -> None:
         rounds = args.rounds or {"mnist": 21, "resnet18": 11}[name]
         rows = measure(task, chosen, rounds)
         print(f"\n{name}: batch {len(task.x)}, {task.steps} steps, {rounds} rounds\n{show(rows)}", flush=True)
-        result["cases"][name] = {"batch": len(task.x), "steps": task.steps, "rounds": rounds,
-                                 "contestants": [_plain(r) for r in rows]}  # fmt: skip
+        result["cases"][name] = {
+            "batch": len(task.x),
+            "steps": task.steps,
+            "rounds": rounds,
+            "contestants": [_plain(r) for r in rows],
+        }
     print(f"\n{NOTE}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

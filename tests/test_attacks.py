@@ -563,8 +563,9 @@ def test_an_attack_is_written_as_plain_data() -> None:
         "attacks": [
             {"name": "apgd", "steps": 5, "rho": 0.75, "momentum": 0.75, "loss": "ce"},
             {
-                "name": "Targets", "count": 3,
+                "name": "Targets",
+                "count": 3,
                 "attack": {"name": "apgd", "steps": 100, "rho": 0.75, "momentum": 0.75, "loss": "dlr"},
             },
         ],
-    }  # fmt: skip
+    }

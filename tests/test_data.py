@@ -393,9 +393,7 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     refused(write_parquet(path, good, [0, 1, None, 1, 0, 1]), "null in row 2")
     refused(write_parquet(path, [*good[:4], None, good[5]], Y), "row 4")
     refused(write_parquet(path, [*good[:3], good[3][:60], *good[4:]], Y), "row 3", "a readable image")
-    assert (
-        refused(write_parquet(path, pa.array([], pa.binary()), pa.array([], pa.int64()))).code == "empty-data"
-    )
+    assert refused(write_parquet(path, pa.array([], pa.binary()), pa.array([], pa.int64()))).code == "empty-data"
     write_parquet(path, good, Y, compression="none", use_dictionary=False)
     content = path.read_bytes()
     path.write_bytes(content[:8] + b"\xff" * 60 + content[68:])
@@ -479,9 +477,7 @@ def test_py_names_a_function_in_the_current_directory(user_module):
 
 def test_what_is_wrong_with_a_named_function_is_said(user_module):
     user_module("data_broken", "import torch\nraise ValueError('no disk')")
-    user_module(
-        "data_odd", "x = 3\ndef fails(): raise OSError('no net')\ndef none(): pass\ndef out(): exit(4)"
-    )
+    user_module("data_odd", "x = 3\ndef fails(): raise OSError('no net')\ndef none(): pass\ndef out(): exit(4)")
     refused("py:data_broken:make", "ValueError: no disk")
     refused("py:data_absent:make", "data_absent", "ModuleNotFoundError")
     refused("py:data_odd", "module:callable")

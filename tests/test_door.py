@@ -308,9 +308,14 @@ def test_normalisation_is_inside_and_per_channel() -> None:
         e = door.gradient(x, posed(x), cross_entropy)
     assert torch.allclose(e.logits, wanted, atol=1e-6)
     inner = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(nn.functional.cross_entropy(
-        net((inner - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]), posed(x).goal.label,
-        reduction="sum"), inner)  # fmt: skip
+    (grad,) = torch.autograd.grad(
+        nn.functional.cross_entropy(
+            net((inner - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]),
+            posed(x).goal.label,
+            reduction="sum",
+        ),
+        inner,
+    )
     assert torch.allclose(e.grad, grad, atol=1e-6)
     assert torch.allclose(Model(net, mean=0.5, std=2.0)(x), net((x - 0.5) / 2))
 

@@ -124,9 +124,7 @@ def test_a_prefix_that_the_architecture_has_stays(tmp_path):
 def test_weights_of_another_architecture_are_refused_with_the_differences(tmp_path, net):
     path = tmp_path / "a.pth"
     torch.save(net.state_dict(), path)
-    refused(
-        path, path, "2 missing (weight, bias)", "9 unexpected (conv.weight, conv.bias", "--arch", arch=linear
-    )
+    refused(path, path, "2 missing (weight, bias)", "9 unexpected (conv.weight, conv.bias", "--arch", arch=linear)
     torch.save(nn.Linear(4, 5).state_dict(), path)
     refused(path, "2 of another shape (weight is (5, 4), not (3, 4)", "--arch", arch=linear)
     torch.save({"weight": 3, "bias": None}, path)
@@ -138,9 +136,7 @@ def test_weights_of_another_architecture_are_refused_with_the_differences(tmp_pa
 def test_an_architecture_is_needed_and_has_to_build_a_network(tmp_path, user_module):
     path = tmp_path / "a.safetensors"
     save_file(linear().state_dict(), path)
-    user_module(
-        "archs", "from torch import nn\ndef small(): return nn.Linear(4, 3)\ndef bad(): 1 / 0\nsize = 3"
-    )
+    user_module("archs", "from torch import nn\ndef small(): return nn.Linear(4, 3)\ndef bad(): 1 / 0\nsize = 3")
     user_module("needy", "import a_missing_package")
     assert assay.load_model(path, arch="archs:small").net.weight.shape == (3, 4)
     refused(path, path, "--arch module:callable")
@@ -381,9 +377,7 @@ def test_equal_models_have_equal_fingerprints(net, tmp_path):
     with Model(net).frozen() as live:
         live(X)
     assert fingerprint(Model(net)) == before
-    assert fingerprint(Model(net, mean=[0.5], std=[1])) == fingerprint(
-        Model(net, mean=torch.tensor([0.5]), std=[1.0])
-    )
+    assert fingerprint(Model(net, mean=[0.5], std=[1])) == fingerprint(Model(net, mean=torch.tensor([0.5]), std=[1.0]))
     torch.export.save(torch.export.export(net, (X,)), tmp_path / "a.pt2")
     first, second = (assay.load_model(tmp_path / "a.pt2") for _ in range(2))
     assert fingerprint(first) == fingerprint(second)
@@ -403,14 +397,28 @@ def test_whatever_changes_an_answer_changes_the_fingerprint(net):
     other = Other()
     other.load_state_dict(net.state_dict())
     nets = [
-        net, other, nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), net.forward,
-        other.forward, lambda x: -net(x), lambda x: -other(x), lambda x: 2 * net(x), torch.relu, torch.tanh,
-        functools.partial(torch.mul, other=2), functools.partial(torch.mul, other=3),
-    ]  # fmt: skip
+        net,
+        other,
+        nn.Linear(2, 2),
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(nn.Tanh()),
+        net.forward,
+        other.forward,
+        lambda x: -net(x),
+        lambda x: -other(x),
+        lambda x: 2 * net(x),
+        torch.relu,
+        torch.tanh,
+        functools.partial(torch.mul, other=2),
+        functools.partial(torch.mul, other=3),
+    ]
     settings = [
-        {"box": (0, 2)}, {"mean": 0.5, "std": 1}, {"mean": 0.5, "std": 2}, {"samples": 3},
+        {"box": (0, 2)},
+        {"mean": 0.5, "std": 1},
+        {"mean": 0.5, "std": 2},
+        {"samples": 3},
         {"probabilities": True},
-    ]  # fmt: skip
+    ]
     models = [Model(n) for n in nets] + [Model(net, **s) for s in settings]
     models += [changed("head.bias"), changed("norm.running_mean")]
     assert len({fingerprint(m) for m in models}) == len(models)

@@ -118,11 +118,13 @@ def test_projection_agrees_with_a_general_solver(norm: Norm) -> None:
         if norm.name == "linf":
             split = [min(s, 0.8) for s in split]
         found = scipy.optimize.minimize(
-            partial(_square_distance, d[0].numpy()), np.zeros(8),
+            partial(_square_distance, d[0].numpy()),
+            np.zeros(8),
             bounds=[(0, s) for s in split],
             constraints=[{"type": "ineq", "fun": ball[norm.name]}] if norm.name in ball else [],
-            method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
-        )  # fmt: skip
+            method="SLSQP",
+            options={"ftol": 1e-12, "maxiter": 500},
+        )
         assert np.allclose(found.x[:4] - found.x[4:], p.numpy(), atol=1e-5)
 
 

@@ -35,35 +35,65 @@ def manifest_of(rows, **changes):
         rows["status"].count("robust"),
     )
     return {
-        "assay": "0.1.0", "complete": True,
-        "created": "2026-01-02T03:04:00+00:00", "updated": "2026-01-02T03:05:00+00:00",
+        "assay": "0.1.0",
+        "complete": True,
+        "created": "2026-01-02T03:04:00+00:00",
+        "updated": "2026-01-02T03:05:00+00:00",
         "command": "assay evaluate py:net:make data.npz --threat linf:0.3",
         "identity": {
             "threat": {"norm": "linf", "eps": EPS, "box": [0, 1], "targeted": False, "text": "linf:0.3"},
-            "effort": "standard", "seed": 0, "prove": None, "model": "ab" * 32, "data": "cd" * 32,
+            "effort": "standard",
+            "seed": 0,
+            "prove": None,
+            "model": "ab" * 32,
+            "data": "cd" * 32,
             "stages": [{"name": "pgd-margin", "attack": {"name": "pgd", "steps": 20, "rel_step": 0.25}}],
         },
-        "model": {"name": "toynet", "source": "py:net:make", "fingerprint": "ab" * 32, "parameters": 1234,
-                  "classes": 4, "box": [0, 1], "mean": None, "std": None},
-        "data": {"name": "blobs", "source": "data.npz", "fingerprint": "cd" * 32, "n": n, "shape": [1, 8, 8],
-                 "class_names": ["ant", "bee", "cat", "dog"]},
+        "model": {
+            "name": "toynet",
+            "source": "py:net:make",
+            "fingerprint": "ab" * 32,
+            "parameters": 1234,
+            "classes": 4,
+            "box": [0, 1],
+            "mean": None,
+            "std": None,
+        },
+        "data": {
+            "name": "blobs",
+            "source": "data.npz",
+            "fingerprint": "cd" * 32,
+            "n": n,
+            "shape": [1, 8, 8],
+            "class_names": ["ant", "bee", "cat", "dog"],
+        },
         "machine": {"python": "3.11", "torch": "2.13", "device": "cpu", "threads": 2},
         "tolerance": "logits agree to 1e-5",
         "totals": {
-            "n": n, "clean_accuracy": (n - clean) / n, "robust_accuracy": robust / n,
+            "n": n,
+            "clean_accuracy": (n - clean) / n,
+            "robust_accuracy": robust / n,
             "certified_accuracy": None,
             "interval": {"confidence": 0.95, "clean": [0.76, 0.97], "robust": [0.43, 0.75]},
-            "passes": {"forwards": 8000, "backwards": 4000}, "seconds": 1.5, "claimed": FOOLED, "rejected": 0,
+            "passes": {"forwards": 8000, "backwards": 4000},
+            "seconds": 1.5,
+            "claimed": FOOLED,
+            "rejected": 0,
             "per_class": [{"class": 0, "name": "ant", "n": 10, "clean": 0.9, "robust": 0.6}],
             "stages": [
-                {"name": "clean", "entered": n, "broken": clean, "forwards": n, "backwards": 0,
-                 "seconds": 0.01},
-                {"name": "pgd-margin", "entered": n - clean, "broken": FOOLED, "forwards": 7960,
-                 "backwards": 4000, "seconds": 1.4},
+                {"name": "clean", "entered": n, "broken": clean, "forwards": n, "backwards": 0, "seconds": 0.01},
+                {
+                    "name": "pgd-margin",
+                    "entered": n - clean,
+                    "broken": FOOLED,
+                    "forwards": 7960,
+                    "backwards": 4000,
+                    "seconds": 1.4,
+                },
             ],
         },
         "findings": [],
-    } | changes  # fmt: skip
+    } | changes
 
 
 def fabricate(path, shape=(1, 8, 8), n=N, right=RIGHT, fooled=FOOLED, batch=20, classes=4, **changes):
@@ -75,15 +105,21 @@ def fabricate(path, shape=(1, 8, 8), n=N, right=RIGHT, fooled=FOOLED, batch=20, 
     size = np.where(np.isin(np.arange(n), list(wrong)), 0.0, np.inf)
     size[list(fell)] = draw.uniform(0.02, EPS, fooled)
     rows = {
-        "index": list(range(n)), "label": label.tolist(),
+        "index": list(range(n)),
+        "label": label.tolist(),
         "prediction": [(y + (i in wrong)) % classes for i, y in enumerate(label)],
-        "margin": [-1.0 if i in wrong else 2.0 for i in range(n)], "fooled": [i in fell for i in range(n)],
+        "margin": [-1.0 if i in wrong else 2.0 for i in range(n)],
+        "fooled": [i in fell for i in range(n)],
         "adversarial_prediction": [(y + 1) % classes if i in fell else None for i, y in enumerate(label)],
-        "size": size.tolist(), "broken_by": ["pgd-margin" if i in fell else None for i in range(n)],
-        "certified": [None] * n, "lower": [0.0] * n, "upper": size.tolist(), "forwards": [200] * n,
+        "size": size.tolist(),
+        "broken_by": ["pgd-margin" if i in fell else None for i in range(n)],
+        "certified": [None] * n,
+        "lower": [0.0] * n,
+        "upper": size.tolist(),
+        "forwards": [200] * n,
         "backwards": [100] * n,
         "status": ["misclassified" if i in wrong else "fooled" if i in fell else "robust" for i in range(n)],
-    }  # fmt: skip
+    }
     clean = draw.uniform(0, 1, (n, *shape)).astype(np.float32)
     signs = draw.choice([-1.0, 1.0], (n, *shape))
     x = (clean + signs * np.where(np.isfinite(size), size, 0).reshape(-1, *[1] * len(shape))).clip(0, 1)
@@ -92,14 +128,32 @@ def fabricate(path, shape=(1, 8, 8), n=N, right=RIGHT, fooled=FOOLED, batch=20, 
         hit = [i for i in range(start, min(n, start + batch)) if i in fell]
         run.add(
             {name: column[start : start + batch] for name, column in rows.items()},
-            {"index": np.array(hit), "x": x[hit].astype(np.float32), "clean": clean[hit], "label": label[hit],
-             "prediction": (label[hit] + 1) % classes, "clean_confidence": np.full(len(hit), 0.9),
-             "confidence": np.linspace(0.5, 0.8, len(hit))},
-            {"seconds": 0.5, "claimed": len(hit), "rejected": 0, "stages": [
-                {"name": "clean", "entered": batch, "broken": 0, "forwards": batch, "backwards": 0, "seconds": 0.1},
-                {"name": "pgd", "entered": batch, "broken": len(hit), "forwards": 9, "backwards": 9, "seconds": 0.4},
-            ]},
-        )  # fmt: skip
+            {
+                "index": np.array(hit),
+                "x": x[hit].astype(np.float32),
+                "clean": clean[hit],
+                "label": label[hit],
+                "prediction": (label[hit] + 1) % classes,
+                "clean_confidence": np.full(len(hit), 0.9),
+                "confidence": np.linspace(0.5, 0.8, len(hit)),
+            },
+            {
+                "seconds": 0.5,
+                "claimed": len(hit),
+                "rejected": 0,
+                "stages": [
+                    {"name": "clean", "entered": batch, "broken": 0, "forwards": batch, "backwards": 0, "seconds": 0.1},
+                    {
+                        "name": "pgd",
+                        "entered": batch,
+                        "broken": len(hit),
+                        "forwards": 9,
+                        "backwards": 9,
+                        "seconds": 0.4,
+                    },
+                ],
+            },
+        )
     run.close()
     return run
 
@@ -132,11 +186,22 @@ def test_the_page_says_what_the_run_found(run):
     page = page_of(run)
     text = words(page)
     for said in (
-        verdict(run.manifest), "60.0 %", "90.0 %", "43.0 to 75.0 %", "All 12 adversarial inputs verified",
-        "Complete: all 40 images", "upper bound", "pgd-margin", "pgd(steps=20, rel_step=0.25)", "ab" * 32,
-        "ant", "logits agree",
-        "assay evaluate py:net:make", "2 January 2026, 03:04 UTC", "8,000 forward and 4,000 backward",
-    ):  # fmt: skip
+        verdict(run.manifest),
+        "60.0 %",
+        "90.0 %",
+        "43.0 to 75.0 %",
+        "All 12 adversarial inputs verified",
+        "Complete: all 40 images",
+        "upper bound",
+        "pgd-margin",
+        "pgd(steps=20, rel_step=0.25)",
+        "ab" * 32,
+        "ant",
+        "logits agree",
+        "assay evaluate py:net:make",
+        "2 January 2026, 03:04 UTC",
+        "8,000 forward and 4,000 backward",
+    ):
         assert said in text, said
     assert page.count("<img ") == 3 * 12
     assert "None. The checks" in text
@@ -183,12 +248,18 @@ def test_whatever_comes_from_a_run_is_escaped(tmp_path):
     }
     stage = {"name": evil, "entered": 40, "broken": 3, "forwards": 9}
     run = fabricate(
-        tmp_path / "run", command=evil, assay=evil, created=evil, tolerance=evil, findings=[finding],
+        tmp_path / "run",
+        command=evil,
+        assay=evil,
+        created=evil,
+        tolerance=evil,
+        findings=[finding],
         model=template["model"] | {"name": evil, "source": evil},
         data=template["data"] | {"name": evil, "class_names": [evil] * 4, "n": N},
-        machine={evil: evil}, identity=template["identity"] | identity,
+        machine={evil: evil},
+        identity=template["identity"] | identity,
         totals=template["totals"] | {"n": N, "stages": [stage]},
-    )  # fmt: skip
+    )
     page = page_of(run)
     assert "alert(1)" in page
     assert "<script>alert" not in page
@@ -416,12 +487,21 @@ def test_pictures_are_exact():
 
 def test_numbers_are_written_honestly():
     assert [percent(v) for v in (1, 0.9996, 0.87, 0.0004, 0, None)] == [
-        "100.0 %", "99.96 %", "87.0 %", "0.04 %", "0.0 %", "\N{EN DASH}",
-    ]  # fmt: skip
+        "100.0 %",
+        "99.96 %",
+        "87.0 %",
+        "0.04 %",
+        "0.0 %",
+        "\N{EN DASH}",
+    ]
     assert [count(v) for v in (100000, 9.97, 9.5, 3, None)] == ["100,000", "10", "9.5", "3", "\N{EN DASH}"]
     assert [duration(v) for v in (0.034, 31.2, 59.97, 125, 11520)] == [
-        "0.034 s", "31.2 s", "1 min 00 s", "2 min 05 s", "3 h 12 min",
-    ]  # fmt: skip
+        "0.034 s",
+        "31.2 s",
+        "1 min 00 s",
+        "2 min 05 s",
+        "3 h 12 min",
+    ]
     assert Units.of("linf:8/255").show(4 / 255) == "4/255"
     assert Units.of("linf:0.3").show(float("inf")) == "none found"
     assert call({"name": "targets", "attack": {"name": "apgd", "steps": 9}}) == "targets(attack=apgd(steps=9))"

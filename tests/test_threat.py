@@ -35,11 +35,28 @@ def test_text_is_read(text: str, norm: str, eps: float | None) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", ":", "l3:1", "linf:", "linf:x", "linf:-1", "linf:0", "linf:0/255", "linf:1/0", "linf:8//255",
-        "linf:8/255/2", "linf:nan", "linf:inf", "linf:1e999", "l2:1e999/1e999", "l0:2.5", "linf:8/", "linf:/255",
-        "LINF 8", "linf:8 255",
+        "",
+        ":",
+        "l3:1",
+        "linf:",
+        "linf:x",
+        "linf:-1",
+        "linf:0",
+        "linf:0/255",
+        "linf:1/0",
+        "linf:8//255",
+        "linf:8/255/2",
+        "linf:nan",
+        "linf:inf",
+        "linf:1e999",
+        "l2:1e999/1e999",
+        "l0:2.5",
+        "linf:8/",
+        "linf:/255",
+        "LINF 8",
+        "linf:8 255",
     ],
-)  # fmt: skip
+)
 def test_bad_text_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ThreatError, match=r"Write for example l"):
         Threat.parse(text)

@@ -147,9 +147,11 @@ def _draw_in(p: Problem, x: Inputs) -> Inputs:
 def _check(x: Inputs, y: Labels, threat: Threat) -> None:
     if not len(x) or len(x) != len(y) or y.ndim != 1 or x.ndim < 2:
         raise DataError(
-            "inputs (b, *f) and as many labels (b,), b >= 1", f"{tuple(x.shape)} and {tuple(y.shape)}",
-            "Pass class indices, one a sample.", code="empty-data" if not len(x) else None,
-        )  # fmt: skip
+            "inputs (b, *f) and as many labels (b,), b >= 1",
+            f"{tuple(x.shape)} and {tuple(y.shape)}",
+            "Pass class indices, one a sample.",
+            code="empty-data" if not len(x) else None,
+        )
     if not x.is_floating_point():
         raise DataError("floating-point inputs", f"{x.dtype}", "Convert: x = x.float() / 255 for 8-bit images.")
     if y.is_floating_point():
@@ -172,8 +174,7 @@ def needs_eps(p: Problem, what: str) -> None:
     """Refuse a problem without a radius, for attacks that fill a given ball."""
     if p.minimal:
         raise ThreatError(
-            f"an eps for {what}, which searches a ball of given size", f"{p.norm.name} without eps",
+            f"an eps for {what}, which searches a ball of given size",
+            f"{p.norm.name} without eps",
             "Write for example linf:8/255, or use a minimal-norm attack.",
-        )  # fmt: skip
-
-
+        )

@@ -74,7 +74,7 @@ class StepAttack(Runnable, Generic[S, E]):
             e = self.query(door, s.x, p) if k < self.steps else self.last(door, s.x, p)
             best = best.or_better(p, s.x, e.success, self.rank(e))
             going = ~best.success
-            if not full and (self.any_size or not p.minimal) and not going.all():
+            if not full and not going.all():
                 fallen, rows = best.success.nonzero()[:, 0], going.nonzero()[:, 0]
                 out = out.updated(live[fallen], best.take(fallen).outcome(), by=0)
                 live, p, best = live[rows], p.take(rows), best.take(rows)
@@ -166,9 +166,7 @@ class Best(NamedTuple):
         better = allowed & ((success & ~self.success) | ((success == self.success) & (rank > self.rank)))
         if better.all():
             return Best(x, success, rank)
-        return Best(
-            choose(better, x, self.x), self.success | (success & better), torch.where(better, rank, self.rank)
-        )
+        return Best(choose(better, x, self.x), self.success | (success & better), torch.where(better, rank, self.rank))
 
     def take(self, rows: Rows) -> "Best":
         return Best(*(v[rows] for v in self))
@@ -180,5 +178,3 @@ class Best(NamedTuple):
 def _take(state: S, rows: Rows) -> S:
     tensors: tuple[Tensor, ...] = tuple(v[rows] for v in state)  # type: ignore[attr-defined]
     return type(state)(*tensors)
-
-

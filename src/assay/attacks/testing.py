@@ -174,9 +174,10 @@ def _counts_every_pass(c: _Case) -> None:
             ):
                 true = _owners(seen, c.x)
                 _hold(
-                    torch.equal(true, said), f"every {kind} pass is counted, for its sample",
+                    torch.equal(true, said),
+                    f"every {kind} pass is counted, for its sample",
                     f"{threat}, full={full}: counted {said.tolist()}, seen {true.tolist()}",
-                )  # fmt: skip
+                )
 
 
 def _a_sample_stands_alone(c: _Case) -> None:

@@ -14,7 +14,7 @@ from assay.attacks import LOSSES, Outcome
 from assay.attacks.attack import verify
 from assay.attacks.combine import attack_rest
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, Labels, Mask, choose, per_sample
 from assay.data import Data
 from assay.evaluation.efforts import Stage
 from assay.models import Door, Live, Model
@@ -167,16 +167,10 @@ def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:
         middle = (near + far) / 2
         point = (p.x0 + per_sample(middle, x) * (x - p.x0)).clamp(p.lower, p.upper)
         logits = door.logits(point, p.rows)
-        holds = _clearly(p, logits)
+        holds = p.goal.clearly_reached(logits)
         best, z = choose(holds, point, best), choose(holds, logits, z)
         near, far = torch.where(holds, near, middle), torch.where(holds, middle, far)
     return best, z
-
-
-def _clearly(p: Problem, logits: Tensor) -> Mask:
-    """Tell which points fool by more than rounding: another machine, or another batch, must see the same."""
-    gap: PerSample = LOSSES["margin"](logits, p.goal)
-    return gap > 1e-4 * logits.abs().amax(1)
 
 
 def _after_rounding(door: Door, p: Problem, x: Inputs) -> int:

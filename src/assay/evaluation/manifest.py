@@ -21,8 +21,8 @@ from assay.threats import Threat
 
 _TOLERANCE = (
     "Random numbers belong to samples, so batches, workers and interruptions change nothing but the rounding of "
-    "float32 kernels. On a CPU full blocks of rows make that exact for the usual layers; elsewhere single samples near the "
-    "boundary may differ."
+    "float32 kernels. On a CPU full blocks of rows make even that the same for the usual layers (layer widths that are "
+    "multiples of 4); elsewhere single samples near the boundary may differ."
 )
 
 

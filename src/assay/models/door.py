@@ -59,7 +59,7 @@ class Door:
     ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m.
     Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
     Scores and gradients come from layers tuned for speed and may differ by rounding (``patches.py``); ``logits``
-    and ``decide`` ask the network exactly as it is.
+    and ``decide`` ask the network exactly as it is. So a success that scores and gradients report is one that is clear.
     ``differentiable`` says, after a question for a gradient, whether the model had one.
 
     Raises (from every question):
@@ -91,7 +91,7 @@ class Door:
         with torch.no_grad():
             z = self._ask(self.live.search, x, p.rows)
         self._check_labels(p.goal, z)
-        return Score(p.goal.reached(z), loss(z, p.goal).to(x.dtype), z)
+        return Score(p.goal.clearly_reached(z), loss(z, p.goal).to(x.dtype), z)
 
     def _ask(self, net: Net, x: Inputs, rows: Rows) -> Logits:
         parts = self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
@@ -105,7 +105,7 @@ class Door:
             parts = self._split(x, lambda part, at: self._differentiate(part, p.rows[at], p.goal.take(at), loss))
         self._count(p.rows, backward=True)
         z, value, grad = (torch.cat(v) if len(parts) > 1 else v[0] for v in zip(*parts, strict=True))
-        return Gradient(p.goal.reached(z), value.to(x.dtype), z, grad)
+        return Gradient(p.goal.clearly_reached(z), value.to(x.dtype), z, grad)
 
     def _differentiate(self, x: Inputs, rows: Rows, goal: Goal, loss: Loss) -> tuple[Tensor, ...]:
         n = len(rows)
@@ -147,35 +147,42 @@ class Door:
     def _shrink(self, error: BaseException, rows: int) -> None:
         """Halve the rows of a call if the error says that memory ran out, else raise it."""
         said = str(error).lower()
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in said or (
-            "can't allocate memory" in said
-        )  # fmt: skip
+        full = (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "not enough memory" in said
+            or ("can't allocate memory" in said)
+        )
         if not full:
             raise error
         if rows <= PAD or self.live.model.fixed_rows:
             raise ModelError(
-                "memory for a batch of the model's inputs", f"none left for {rows} samples at once",
+                "memory for a batch of the model's inputs",
+                f"none left for {rows} samples at once",
                 "Free memory, use a smaller model, or another --device.",
-            ) from error  # fmt: skip
+            ) from error
         self._rows = max(PAD, rows // 2 // PAD * PAD)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _forward(self, net: Net, x: Inputs, rows: Rows) -> Logits:
         """Return the logits of the samples ``rows``, with which x begins; the rest of x fills the batch."""
-        z = net(x)
+        z: Tensor = net(x)
         if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
             raise ModelOutputError(
-                f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}", f"{tuple(z.shape)}",
-                "For a single-output binary classifier return torch.cat([-z, z], 1).", code="bad-logits",
-            )  # fmt: skip
+                f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}",
+                f"{tuple(z.shape)}",
+                "For a single-output binary classifier return torch.cat([-z, z], 1).",
+                code="bad-logits",
+            )
         z = z[: len(rows)]
         if not torch.isfinite(z).all():
             bad = rows[(~torch.isfinite(z)).any(1)]
             raise NonFiniteError(
-                "finite logits", f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: sample {int(bad[0])})",
-                "Look for overflow, log(0), or a division by zero in the network.", code="bad-logits",
-            )  # fmt: skip
+                "finite logits",
+                f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: sample {int(bad[0])})",
+                "Look for overflow, log(0), or a division by zero in the network.",
+                code="bad-logits",
+            )
         return z
 
     def _check_labels(self, goal: Goal, z: Logits) -> None:
@@ -184,8 +191,9 @@ class Door:
                 raise DataError(
                     f"labels from 0 to {z.shape[1] - 1}, for the model has {z.shape[1]} classes",
                     f"labels from {int(labels.min())} to {int(labels.max())}",
-                    "Check that model and data belong together, and the order of the classes.", code="bad-logits",
-                )  # fmt: skip
+                    "Check that model and data belong together, and the order of the classes.",
+                    code="bad-logits",
+                )
 
     def _count(self, rows: Rows, *, backward: bool) -> None:
         passes = torch.full_like(rows, self.live.model.samples)

@@ -126,9 +126,11 @@ class Model:
         out = getattr(out, "logits", out)
         if not isinstance(out, Tensor):
             raise ModelOutputError(
-                "a tensor of logits (b, c)", f"{type(out).__name__}", "Wrap the net so that it returns logits only.",
+                "a tensor of logits (b, c)",
+                f"{type(out).__name__}",
+                "Wrap the net so that it returns logits only.",
                 code="bad-logits",
-            )  # fmt: skip
+            )
         if not self.probabilities:
             return out if out.dtype == torch.float64 else out.float()
         return out.double().clamp_min(_LEAST_PROBABILITY).log()

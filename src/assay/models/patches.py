@@ -65,8 +65,9 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     how: Any = (conv.stride, conv.padding, conv.dilation)
     stem = x.requires_grad and x.ndim == 4 and x.device.type == "cpu" and _is_stem(conv)
-    out: Tensor = _Stem.apply(x, weight, bias, *how) if stem else F.conv2d(x, weight, bias, *how, conv.groups)
-    return out
+    if not stem:
+        return F.conv2d(x, weight, bias, *how, conv.groups)  # type: ignore[no-any-return, call-overload]
+    return _Stem.apply(x, weight, bias, *how)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Stem(torch.autograd.Function):

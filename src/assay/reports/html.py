@@ -62,16 +62,31 @@ def render(run: Run) -> str:
     cards, trouble = _cards(run, s, samples)
     script = _part("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return _environment().get_template("report.html.j2").render(
-        s=s, run=run.path.resolve().name, command=str(run.manifest.get("command") or ""),
-        version=str(run.manifest.get("assay") or ""), verdict=sentence(s, samples),
-        median=median_size(samples) if s.eps is None else None,
-        curve=curve(s, samples), confusions=confusions(samples), cards=cards, trouble=trouble,
-        classes=_weakest_first(s.classes), most_classes=_MOST_CLASSES, facts=list(_facts(s)),
-        sheets=_sheets(run.manifest, s), attacks=_attacks(run.manifest),
-        raw=json.dumps(run.manifest, indent=2, ensure_ascii=False),
-        style=Markup(_part("report.css")), script=Markup(script), digest=digest,
-    )  # fmt: skip
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            s=s,
+            run=run.path.resolve().name,
+            command=str(run.manifest.get("command") or ""),
+            version=str(run.manifest.get("assay") or ""),
+            verdict=sentence(s, samples),
+            median=median_size(samples) if s.eps is None else None,
+            curve=curve(s, samples),
+            confusions=confusions(samples),
+            cards=cards,
+            trouble=trouble,
+            classes=_weakest_first(s.classes),
+            most_classes=_MOST_CLASSES,
+            facts=list(_facts(s)),
+            sheets=_sheets(run.manifest, s),
+            attacks=_attacks(run.manifest),
+            raw=json.dumps(run.manifest, indent=2, ensure_ascii=False),
+            style=Markup(_part("report.css")),
+            script=Markup(script),
+            digest=digest,
+        )
+    )
 
 
 def _part(name: str) -> str:
@@ -81,13 +96,19 @@ def _part(name: str) -> str:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("assay.reports"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("assay.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
-        "percent": text.percent, "count": text.count, "duration": text.duration,
-        "together": together, "size_of": _length,
-    }  # fmt: skip
+        "percent": text.percent,
+        "count": text.count,
+        "duration": text.duration,
+        "together": together,
+        "size_of": _length,
+    }
     environment.globals |= {"span": text.span, "plural": text.plural}
     return environment
 

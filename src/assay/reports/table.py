@@ -128,9 +128,14 @@ def _stage_table(s: Summary) -> Table:
         table.add_column(head, justify="right", overflow="fold")
     for stage in s.stages:
         table.add_row(
-            Text(stage.name), count(stage.entered), count(stage.broken), percent(stage.left),
-            count(stage.per_sample(stage.passes)), percent(stage.share), duration(stage.seconds),
-        )  # fmt: skip
+            Text(stage.name),
+            count(stage.entered),
+            count(stage.broken),
+            percent(stage.left),
+            count(stage.per_sample(stage.passes)),
+            percent(stage.share),
+            duration(stage.seconds),
+        )
     return table
 
 
@@ -155,10 +160,16 @@ def compare_table(runs: Iterable[Run | Manifest]) -> Table:
         name = run.path.name if isinstance(run, Run) else DASH
         s = summarize(*read(run)) if isinstance(run, Run) else summarize(run)
         table.add_row(
-            Text(name), Text(s.model), Text(s.threat), count(s.n) + ("" if s.complete else "*"),
-            percent(s.clean.value), percent(s.robust.value), span(s.robust.low, s.robust.high),
-            count(s.per_sample), duration(s.seconds),
-        )  # fmt: skip
+            Text(name),
+            Text(s.model),
+            Text(s.threat),
+            count(s.n) + ("" if s.complete else "*"),
+            percent(s.clean.value),
+            percent(s.robust.value),
+            span(s.robust.low, s.robust.high),
+            count(s.per_sample),
+            duration(s.seconds),
+        )
         if not s.complete:
             table.caption = "* interrupted"
     return table

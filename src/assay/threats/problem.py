@@ -14,6 +14,9 @@ from assay.threats.threat import Box, Threat
 _INSIDE = 1 - 1e-6
 """Balls that are no box are used a millionth short, so that float32 rounding of x0 + d cannot leave them."""
 
+_ROUNDING = 1e-5
+"""Share of the largest logit by which float32 networks may differ between batches, kernels and machines."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,13 @@ class Goal:
             return guess != self.label
         assert self.target is not None
         return guess == self.target
+
+    def clearly_reached(self, logits: Logits) -> Mask:
+        """Tell where the goal is met by more than rounding: in another batch, or on another machine, it still is."""
+        own = self.label if self.label is not None else self.target
+        assert own is not None
+        ahead = logits.scatter(1, own[:, None], -torch.inf).amax(1) - logits.gather(1, own[:, None])[:, 0]
+        return (ahead if self.label is not None else -ahead) > _ROUNDING * logits.abs().amax(1)
 
     def take(self, rows: Rows | slice) -> "Goal":
         return Goal(*(None if v is None else v[rows] for v in (self.label, self.target)))

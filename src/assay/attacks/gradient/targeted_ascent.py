@@ -62,5 +62,3 @@ class TargetedAscent(GradientAttack[AscentState]):
         peak = e.grad.flatten(1).abs().amax(1).clamp_min(TINY)
         x = s.x + per_sample(self.step * p.box.width / peak, s.x) * e.grad
         return AscentState(x.clamp(p.lower, p.upper) if p.minimal else p.project(x))
-
-
