@@ -45,7 +45,7 @@ EFFORTS: Final[dict[str, tuple[Stage, ...]]] = {
         _sprint(20),
         Stage("apgd-ce", Restarts(APGD(steps=75), 3)),
         Stage("apgd-targeted", Targets(APGD(steps=30, loss=_DLR), 5)),
-        _square(500),
+        _square(1500),
     ),
     "thorough": (
         _sprint(40),

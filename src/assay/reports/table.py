@@ -150,17 +150,21 @@ def _print_findings(s: Summary, console: Console) -> None:
 
 
 def compare_table(runs: Iterable[Run | Manifest]) -> Table:
-    """Return several runs side by side, one row each, in the order given; passes are per sample."""
-    table = _plain_table()
-    for head in ("run", "model", "threat"):
-        table.add_column(head, overflow="fold")
+    """Return several runs side by side, one row each, in the order given; passes are per sample.
+
+    Runs are told apart by their folders where their models do not do it.
+    """
+    table, listed = _plain_table(), [*runs]
+    summaries = [summarize(*read(r)) if isinstance(r, Run) else summarize(r) for r in listed]
+    by_folder = len({s.model for s in summaries}) < len(listed)
+    for head in ("run", "model", "threat") if by_folder else ("model", "threat"):
+        table.add_column(head, overflow="fold", min_width=12)
     for head in ("n", "clean", "robust", "interval", "passes", "time"):
         table.add_column(head, justify="right", no_wrap=True)
-    for run in runs:
-        name = run.path.name if isinstance(run, Run) else DASH
-        s = summarize(*read(run)) if isinstance(run, Run) else summarize(run)
+    for run, s in zip(listed, summaries, strict=True):
+        name = [Text(run.path.name if isinstance(run, Run) else DASH)] if by_folder else []
         table.add_row(
-            Text(name),
+            *name,
             Text(s.model),
             Text(s.threat),
             count(s.n) + ("" if s.complete else "*"),
