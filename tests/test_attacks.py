@@ -18,7 +18,7 @@ from assay.attacks.score import square
 from assay.attacks.testing import Line, check_attack
 from assay.core.errors import AssayError, DataError, ThreatError
 from assay.core.random import Draws
-from assay.core.registry import UnknownNameError
+from assay.core.registry import UsageError
 from assay.models import Door, Model, Score
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
@@ -552,7 +552,7 @@ def test_attacks_are_found_by_what_they_need_and_built_from_text() -> None:
         ("pgd", {"steps": "many"}, "int for pgd steps"),
         ("pgd", {"loss": "hinge"}, "registered loss"),
     ):
-        with pytest.raises(UnknownNameError, match=says):
+        with pytest.raises(UsageError, match=says):
             attacks.get(name, **params)
 
 

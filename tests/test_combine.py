@@ -25,6 +25,7 @@ from assay.attacks.attack import verify
 from assay.attacks.losses import dlr, margin
 from assay.attacks.testing import Line, check_attack
 from assay.core.random import Draws
+from assay.core.registry import UsageError
 from assay.models import Door, Model
 from assay.threats import Problem, Threat
 
@@ -218,3 +219,14 @@ def test_claims_of_all_parts_are_verified_once_more_at_the_end() -> None:
     assert door.forwards.tolist()[0] == 1
     assert (size[1:] > 0.1).all()
     assert torch.equal(points[0], x[0] - 0.02)
+
+
+@pytest.mark.parametrize("make", [lambda: Restarts(PGD(), 0), lambda: Targets(PGD(), 0), lambda: Bisect(PGD(), 0)])
+def test_a_combination_that_runs_nothing_is_refused(make) -> None:
+    with pytest.raises(UsageError, match="finds nothing"):
+        make()
+
+
+def test_a_misspelt_decay_is_refused() -> None:
+    with pytest.raises(UsageError, match="cosine"):
+        PGD(decay="cosin")

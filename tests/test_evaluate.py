@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import assay
+from assay.attacks import Outcome
 from assay.core.errors import AssayError, RunError, ThreatError
+from assay.evaluation import EFFORTS, block
+from assay.evaluation.block import Job, run_block
 from assay.runs import SAMPLES, Run
 
 
@@ -19,6 +22,22 @@ def digits():
     """Forty MNIST test images and the hardened demo model: some stand, some fall at eps 0.3."""
     data = assay.load_data("demo:mnist", limit=40)
     return assay.load_model("demo:mnist-robust"), data
+
+
+class Counting(nn.Module):
+    """Counts the rows that go through a net, forth and back."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.forwards = self.backwards = 0
+
+    def forward(self, x):
+        self.forwards += len(x)
+        if x.requires_grad:
+            x = x * 1
+            x.register_hook(lambda g: setattr(self, "backwards", self.backwards + len(g)))
+        return self.net(x)
 
 
 def run(digits, out=None, *, effort="quick", **options):
@@ -70,23 +89,38 @@ def test_every_stored_adversarial_fools_in_a_pass_of_our_own_and_is_in_the_ball(
     assert sorted(seen) == [i for i, r in rows.items() if r["fooled"]]
 
 
-def test_the_passes_in_the_table_are_the_passes_of_the_net(digits, tmp_path):
+def test_the_passes_in_the_table_are_the_passes_of_the_net(digits):
+    """Counted by a net of our own; alone in its batch a sample is asked together with 7 copies of itself."""
     model, data = digits
-    asked = 0
+    job = Job(assay.Model(Counting(model.net)), data, assay.Threat("linf", 0.35), EFFORTS["quick"], 0, None)
+    seen = set()
+    for row in range(8):
+        job.model.net.forwards = job.model.net.backwards = 0
+        part = run_block(job, [row])
+        assert part.rows["forwards"][0] * 8 == job.model.net.forwards
+        assert part.rows["backwards"][0] * 8 == job.model.net.backwards
+        assert part.rows["forwards"][0] == sum(stage["forwards"] for stage in part.tally["stages"])
+        assert part.rows["backwards"][0] == sum(stage["backwards"] for stage in part.tally["stages"])
+        seen.add(part.rows["status"][0])
+    assert {"robust", "fooled"} <= seen
 
-    def counting(x):
-        nonlocal asked
-        asked += len(x)
-        return model.net(x)
 
-    result = assay.evaluate(
-        assay.Model(counting), data, "linf:0.35", "quick", out=tmp_path / "run", progress=False, batch_size=8
-    )
-    preflight_and_padding = asked - result.passes.forwards
-    assert result.passes.forwards == sum(s["forwards"] for s in result.stages())
-    assert result.passes.backwards == sum(s["backwards"] for s in result.stages())
-    assert preflight_and_padding >= 0
-    assert result.samples["forwards"].to_numpy().min() >= 1
+def test_only_what_verification_confirms_is_counted(digits, monkeypatch):
+    """Attacks that boast: every claim is refused, by the pass of the model or by the measured size."""
+    model, data = digits
+    job = Job(model, data, assay.Threat("linf", 0.1), EFFORTS["quick"][:1], 0, None)
+    for boast in (lambda p: p.x0, lambda p: 1 - p.x0):  # nothing changed; changed by more than is allowed
+
+        def boasting(attack, door, p, out, number, boast=boast):
+            standing = ~out.success
+            return Outcome(boast(p), out.success | standing, torch.where(standing, number, out.by))
+
+        monkeypatch.setattr(block, "attack_rest", boasting)
+        part = run_block(job, [*range(16)])
+        right = sum(s != "misclassified" for s in part.rows["status"])
+        assert right > 0
+        assert not any(part.rows["fooled"])
+        assert part.tally["claimed"] == part.tally["rejected"] == right
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
@@ -174,7 +208,18 @@ def test_the_curve_is_a_falling_step_function_that_ends_at_the_robust_accuracy(w
 def test_the_manifest_says_all_that_decides_the_numbers(whole):
     manifest = json.loads((whole.run.path / "manifest.json").read_text())
     assert manifest["complete"]
-    assert manifest["identity"].keys() == {"threat", "effort", "stages", "seed", "prove", "model", "data"}
+    assert manifest["identity"].keys() == {
+        "threat",
+        "effort",
+        "stages",
+        "seed",
+        "prove",
+        "model",
+        "data",
+        "assay",
+        "samples",
+        "probabilities",
+    }
     assert manifest["totals"]["robust_accuracy"] == whole.robust_accuracy
     assert [s["name"] for s in manifest["identity"]["stages"]] == ["pgd-margin", "apgd-ce", "apgd-targeted", "square"]
     assert sum(c["n"] for c in manifest["totals"]["per_class"]) == 40

@@ -1,5 +1,6 @@
 """Which forms of models are understood, and that no file runs code unless it is trusted."""
 
+import copy
 import functools
 import io
 import json
@@ -445,3 +446,32 @@ def test_a_counter_in_a_callable_does_not_change_its_fingerprint(net):
         before = fingerprint(model)
         model(X)
         assert fingerprint(model) == before
+
+
+class Tempered(nn.Module):
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.inner, self.k = nn.Linear(4, 2), k
+
+    def scale(self) -> float:
+        return self.k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.scale()
+
+
+def test_plain_attributes_and_helper_methods_are_part_of_a_model() -> None:
+    torch.manual_seed(0)
+    one, two = Tempered(1.0), Tempered(-7.0)
+    two.load_state_dict(one.state_dict())
+    assert fingerprint(Model(one)) != fingerprint(Model(two))
+
+    class Tempered2(Tempered):
+        def scale(self) -> float:
+            return -self.k
+
+    Tempered2.__qualname__, Tempered2.__module__ = Tempered.__qualname__, Tempered.__module__
+    three = Tempered2(1.0)
+    three.load_state_dict(one.state_dict())
+    assert fingerprint(Model(one)) != fingerprint(Model(three))
+    assert fingerprint(Model(one)) == fingerprint(Model(copy.deepcopy(one)))

@@ -117,3 +117,23 @@ def test_a_forward_that_the_user_put_in_place_stays():
         x = torch.rand(8, 3, 12, 12)
         assert torch.allclose(live(x), live.search(x), rtol=1e-4, atol=1e-5)
     assert net.stem.forward(x).abs().max() == 0
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed_anew_at_each_call_are_not_frozen_in_place(wrap):
+    net = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4)).eval()
+    x = torch.rand(8, 3, 9, 9)
+    net(x)
+    with torch.no_grad():
+        net[0].weight_orig.mul_(3) if wrap is nn.utils.spectral_norm else net[0].weight_g.mul_(3)
+    with Model(net).frozen() as live:
+        assert torch.allclose(live(x), live.search(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_hooks_are_left_alone():
+    net = randomised(Residual()).eval()
+    net.conv2.register_forward_hook(lambda _m, _args, out: out * 0.5)
+    x = torch.rand(8, 3, 12, 12)
+    with Model(net).frozen() as live:
+        assert torch.allclose(live(x), live.search(x), rtol=1e-4, atol=1e-5)

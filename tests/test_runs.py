@@ -76,6 +76,23 @@ def test_adversarials_without_rows_did_not_happen(run):
     assert [*run.adversarials()] == []
 
 
+def test_adversarials_without_rows_are_swept_away_by_the_next_session(run):
+    run.add(rows(0, 1), arrays(0), {})
+    run.add(rows(2, 3), arrays(2), {})
+    (run.path / "samples" / "00000002-00000003.parquet").unlink()
+    run.close()
+    again = Run.start(run.path, {"identity": {"seed": 0, "threat": {"eps": 0.3}}})
+    assert [p.name for p in (run.path / "adversarials").iterdir()] == ["00000000-00000001.npz"]
+    again.close()
+
+
+def test_a_folder_with_other_things_is_refused_and_left_as_it_was(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"thesis\.tex"):
+        Run.start(tmp_path, {"identity": {}})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_half_written_files_are_swept_away(run):
     run.close()
     left = run.path / "samples" / ".tmp-999-00000000-00000001.parquet"

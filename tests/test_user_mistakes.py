@@ -1,12 +1,14 @@
 """What users do wrong, and every other library lets through in silence: each ends in a named error or finding."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import assay
 from assay.attacks import PGD
-from assay.core.errors import DataError, ModelOutputError, NonFiniteError, ThreatError
+from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError, ThreatError
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +225,66 @@ def test_nan_pixels_and_no_samples_are_refused(net, digits):
     with pytest.raises(DataError) as e:
         evaluate(net, (x[:0], y[:0]))
     assert e.value.code == "empty-data"
+
+
+def test_eight_bit_images_follow_the_box(net, digits):
+    """A model that wants 0..255 gets 0..255 from image files and 8-bit arrays, and eps is in those units."""
+    x, y = arrays(digits)
+    eight = (x * 255).round().to(torch.uint8)
+    grey = assay.Model(lambda z: net(z / 255), box=(0, 255))
+    result = assay.evaluate(grey, (eight, y), assay.Threat("linf", 0.1 * 255), "quick", progress=False)
+    plain = evaluate(net, (eight, y), "linf:0.1")
+    assert result.clean_accuracy == plain.clean_accuracy
+    assert abs(result.robust_accuracy - plain.robust_accuracy) <= 2 / 32
+
+
+def test_a_class_masked_by_a_huge_logit_hides_nothing(net, digits):
+    class Masked(nn.Module):
+        def forward(self, x):
+            z = net(x)
+            return torch.cat([z, torch.full_like(z[:, :1], -1e9)], 1)
+
+    assert evaluate(Masked(), digits, "linf:0.3").robust_accuracy == evaluate(net, digits, "linf:0.3").robust_accuracy
+    noisy = evaluate(lambda x: Masked()(x + 0.1 * torch.randn_like(x)), digits.head(8))
+    assert "randomized" in codes(noisy)
+
+
+def test_where_no_attack_can_see_a_model_the_finding_says_that_the_figure_means_nothing(net, digits):
+    def closed(x):
+        with torch.no_grad():
+            return net(x)
+
+    finding = the(evaluate(closed, digits.head(8), "l1:10"), "no-gradient")
+    assert finding.severity == "error"
+    assert "says nothing" in finding.message
+
+
+def test_a_backward_pass_that_raises_counts_as_no_gradient(net, digits):
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise NotImplementedError("no way back")
+
+    result = evaluate(lambda x: net(OneWay.apply(x)), digits.head(8), "linf:0.3")
+    assert "no-gradient" in codes(result)
+    assert set(result.samples["broken_by"].to_pylist()) <= {"square", None}
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 14, 14), (784,)], ids=str)
+def test_a_model_that_does_not_fit_the_data_is_an_error_with_the_shapes(net, shape):
+    with pytest.raises(ModelError, match="Check image size") as e:
+        evaluate(net, (torch.rand(8, *shape), torch.zeros(8, dtype=torch.long)))
+    assert e.value.exit_code == 3
+    assert str(shape[-1]) in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_precisions_are_asked_in_theirs(net, digits, dtype):
+    other = copy.deepcopy(net).to(dtype)
+    result = evaluate(other, digits)
+    assert abs(result.robust_accuracy - evaluate(net, digits).robust_accuracy) <= 4 / 32
+    assert next(other.parameters()).dtype == dtype

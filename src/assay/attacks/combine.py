@@ -7,6 +7,7 @@ from typing import final
 import torch
 
 from assay.attacks.attack import Outcome, Runnable
+from assay.core.registry import UsageError
 from assay.core.types import Labels, choose
 from assay.models.door import Door
 from assay.threats.problem import Problem
@@ -38,6 +39,9 @@ class Restarts(Runnable):
     attack: Runnable
     count: int = 5
 
+    def __post_init__(self) -> None:
+        _at_least_one(self.count, "Restarts.count")
+
     def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
         out = Outcome.nothing(p)
         for i in range(self.count):
@@ -57,6 +61,9 @@ class Targets(Runnable):
     attack: Runnable
     count: int = 9
 
+    def __post_init__(self) -> None:
+        _at_least_one(self.count, "Targets.count")
+
     def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
         if p.goal.label is None:
             return self.attack.run(door, p, full=full)
@@ -69,6 +76,11 @@ class Targets(Runnable):
         z = p.clean_logits if p.clean_logits is not None else door.logits(p.x0, p.rows)
         order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return iter(order[:, : min(self.count, z.shape[1] - 1)].T)
+
+
+def _at_least_one(count: int, what: str) -> None:
+    if count < 1:
+        raise UsageError(f"{what} >= 1", f"{count}", "An attack that never runs finds nothing.")
 
 
 def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: int, *, full: bool = False) -> Outcome:
@@ -97,6 +109,9 @@ class Bisect(Runnable):
     attack: Runnable
     rounds: int = 10
     first: float = 0.05
+
+    def __post_init__(self) -> None:
+        _at_least_one(self.rounds, "Bisect.rounds")
 
     def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
         most = p.full(p.norm.diameter(p.box.width, p.x0[0].numel())).minimum(p.radius)

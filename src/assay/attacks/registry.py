@@ -19,7 +19,7 @@ def get(name: str, **params: Any) -> Runnable:
     """Return the attack of that name; parameters may be given as text, a loss by its name.
 
     Raises:
-        UnknownNameError: no such attack, parameter or loss, or text that the parameter does not take.
+        UsageError: no such attack, parameter or loss, or text that the parameter does not take.
     """
     if isinstance(params.get("loss"), str):
         params["loss"] = LOSSES[params["loss"]]

@@ -1,6 +1,7 @@
 """``assay attack``: one attack by name."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from assay.cli import options as o
-from assay.core.registry import UnknownNameError, closest
+from assay.core.registry import UsageError, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from assay.attacks import Result, Runnable
+    from assay.attacks import Runnable
     from assay.data import Data
     from assay.models import Model
     from assay.threats import Threat
@@ -61,17 +62,17 @@ def attack(
     samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     place, parsed = o.device_of(device), Threat.parse(threat)
+    samples = samples.scaled(net.domain.lo, net.domain.hi)
     findings = check_data(samples, net.domain)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
     checked = check_model(net, samples, parsed, place)
     wanted = None if target is None else _class(target, samples, checked.classes)
     parsed = Threat(parsed.norm, parsed.eps, parsed.box, targeted=wanted is not None)
-    tally = _Tally(save_images, samples)
-    for start in range(0, len(samples), batch_size or BLOCK):
-        rows = torch.arange(start, min(start + (batch_size or BLOCK), len(samples)))
-        tally.add(_attack_rows(chosen, checked.model, samples, rows, parsed, wanted, seed, place), checked.model)
+    work = _Work(chosen, checked.model, samples, parsed, wanted, seed, place, save_images)
+    for rows in torch.arange(len(samples)).split(batch_size or BLOCK):  # type: ignore[no-untyped-call]
+        work.attack_rows(rows)
     _show(
-        tally.summary()
+        work.summary()
         | {
             "attack": with_,
             "threat": threat,
@@ -100,69 +101,72 @@ def _class(text: str, data: "Data", classes: int) -> int:
     if text.isdigit() and int(text) < classes:
         return int(text)
     hint = closest(text, names) if names else f"Classes are 0 to {classes - 1}."
-    raise UnknownNameError(f"a class name, or a number below {classes}", repr(text), hint)
+    raise UsageError(f"a class name, or a number below {classes}", repr(text), hint)
 
 
-def _attack_rows(
-    attack: "Runnable",
-    model: "Model",
-    data: "Data",
-    rows: "Tensor",
-    threat: "Threat",
-    wanted: int | None,
-    seed: int,
-    device: str,
-) -> "tuple[Tensor, Tensor, Result | None]":
-    """Attack those of some samples that are right (and not the wanted class already)."""
-    x, y = data.batch(rows), data.labels[rows]
-    with model.frozen(device) as live:
+@dataclass(slots=True)
+class _Work:
+    """One attack on the samples of some data, block by block, and what came of it so far."""
+
+    attack: "Runnable"
+    model: "Model"
+    data: "Data"
+    threat: "Threat"
+    wanted: int | None
+    seed: int
+    device: str
+    folder: Path | None
+    attacked: int = 0
+    broken: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    saved: int = 0
+    survive: int = 0
+    sizes: list[float] = field(default_factory=list)
+
+    def ask(self, x: "Tensor") -> "Tensor":
+        """Return predicted labels."""
         import torch
 
         from assay.models import Door
 
-        right = Door(live, len(x)).logits(x.to(device), torch.arange(len(x), device=device)).argmax(1).cpu() == y
-    if wanted is not None:
-        right &= y != wanted
-    at = right.nonzero()[:, 0]
-    if not len(at):
-        return rows[at], y[at], None
-    goal = y[at] if wanted is None else torch.full_like(y[at], wanted)
-    return rows[at], y[at], attack(model, x[at], goal, threat, seed, indices=rows[at], device=device)
+        with self.model.frozen(self.device) as live:
+            rows = torch.arange(len(x), device=live.device)
+            return Door(live, len(x)).logits(x.to(live.device), rows).argmax(1).cpu()
 
+    def attack_rows(self, rows: "Tensor") -> None:
+        """Attack those of some samples that are right, and not of the wanted class already."""
+        import torch
 
-class _Tally:
-    """Adds up what blocks of samples gave, and writes their images."""
-
-    def __init__(self, folder: Path | None, data: "Data") -> None:
-        self.folder, self.data = folder, data
-        self.attacked = self.broken = self.forwards = self.backwards = self.saved = self.survive = 0
-        self.sizes: list[float] = []
-
-    def add(self, part: "tuple[Tensor, Tensor, Result | None]", model: "Model") -> None:
-        rows, labels, r = part
-        if r is None:
+        x, y = self.data.batch(rows), self.data.labels[rows]
+        at = ((self.ask(x) == y) & (y != (-1 if self.wanted is None else self.wanted))).nonzero()[:, 0]
+        if not len(at):
             return
-        self.attacked += len(rows)
+        goal = y[at] if self.wanted is None else torch.full_like(y[at], self.wanted)
+        r = self.attack(self.model, x[at], goal, self.threat, self.seed, indices=rows[at], device=self.device)
+        self.attacked += len(at)
         self.broken += int(r.success.sum())
         self.forwards += int(r.forwards.sum())
         self.backwards += int(r.backwards.sum())
         self.sizes += r.size[r.success].tolist()
-        if self.folder is not None:
-            self._save(rows[r.success], labels[r.success], r.x[r.success], model)
+        if self.folder is not None and r.success.any():
+            self._save(rows[at][r.success], y[at][r.success], r.x[r.success])
 
-    def _save(self, rows: "Tensor", labels: "Tensor", x: "Tensor", model: "Model") -> None:
-        """Write PNGs, read them back, and ask the model again: only what fools then is counted."""
+    def _save(self, rows: "Tensor", labels: "Tensor", x: "Tensor") -> None:
+        """Write PNGs, read them back, and ask the model again: only what fools then is counted as fooling."""
+        import torch
+
         from assay.data.png import read_png, write_png
 
         assert self.folder is not None
-        box = model.domain
+        box, back = self.model.domain, []
         for i, y, image in zip(rows.tolist(), labels.tolist(), x, strict=True):
             path = self.folder / f"{i:06d}-label-{y}.png"
             write_png(path, (image - box.lo) / box.width)
-            with model.frozen() as live:
-                back = read_png(path).to(x) * box.width + box.lo
-                self.survive += int(live(back[None]).argmax(1)) != y
-            self.saved += 1
+            back.append(read_png(path) * box.width + box.lo)
+        guess = self.ask(torch.stack(back))
+        self.survive += int((guess != labels if self.wanted is None else guess == self.wanted).sum())
+        self.saved += len(back)
 
     def summary(self) -> dict[str, Any]:
         sizes = sorted(self.sizes)

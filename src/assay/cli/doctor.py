@@ -76,8 +76,7 @@ def _devices() -> Part:
     except ImportError:
         return Part("devices", "unknown without torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return Part("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus, *mps]))
+    return Part("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus]))
 
 
 def _demo() -> Part:

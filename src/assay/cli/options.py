@@ -55,7 +55,7 @@ Out: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Of all random numbers.", rich_help_panel=_RUN)]
 Device: TypeAlias = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... (default: cuda if present).", rich_help_panel=_RUN)
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if present).", rich_help_panel=_RUN)
 ]
 BatchSize: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Samples in work together; changes no result.", rich_help_panel=_RUN)

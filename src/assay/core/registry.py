@@ -10,8 +10,8 @@ from assay.core.errors import AssayError
 T = TypeVar("T")
 
 
-class UnknownNameError(AssayError):
-    """A name that is not registered, or a parameter that the named thing does not have."""
+class UsageError(AssayError):
+    """A name, a parameter or a value that does not exist here."""
 
     exit_code = 2
 
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
-            raise UnknownNameError(f"the name of a registered {self.kind}", repr(name), closest(name, [*self._items]))
+            raise UsageError(f"the name of a registered {self.kind}", repr(name), closest(name, [*self._items]))
         return self._items[name]
 
     def name_of(self, item: Any) -> str:
@@ -73,12 +73,12 @@ def build(cls: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
     """Build a dataclass from parameters that may be text (``steps=200``); a wrong name or value is an error.
 
     Raises:
-        UnknownNameError: a parameter that ``cls`` does not have, or text that its type does not take.
+        UsageError: a parameter that ``cls`` does not have, or text that its type does not take.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in params:
         if name not in fields:
-            raise UnknownNameError(f"a parameter of {what}", repr(name), closest(name, [*fields]))
+            raise UsageError(f"a parameter of {what}", repr(name), closest(name, [*fields]))
     return cls(**{n: _coerce(v, fields[n], f"{what} {n}") for n, v in params.items()})
 
 
@@ -97,7 +97,7 @@ def _coerce(value: Any, field: "dataclasses.Field[Any]", what: str) -> Any:
             pass
     else:
         return field.metadata["parse"](value) if "parse" in field.metadata else value
-    raise UnknownNameError(f"{type(default).__name__} for {what}", repr(value), f"For example {what}={default!r}.")
+    raise UsageError(f"{type(default).__name__} for {what}", repr(value), f"For example {what}={default!r}.")
 
 
 def describe(value: Any, name_of: Callable[[Any], str]) -> Any:

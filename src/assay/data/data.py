@@ -68,6 +68,7 @@ class Data:
         self.labels, self.name, self.source = labels, name, source
         self.class_names = None if class_names is None else tuple(class_names)
         self._samples = samples
+        self._range = (0.0, 1.0)
         self._fingerprint: str | None = None
 
     @property
@@ -82,13 +83,16 @@ class Data:
         return f"Data({self.name!r}, {len(self)} samples of shape {self.shape})"
 
     def batch(self, rows: Rows | Sequence[int]) -> Inputs:
-        """Return the samples at positions ``rows`` (b,) as float32 (b, *shape); 8-bit values become x / 255.
+        """Return the samples at positions ``rows`` (b,) as float32 (b, *shape); 8-bit values are spread over [0, 1].
 
         Raises:
             DataError: a sample cannot be decoded, or does not have the shape of the others.
         """
         x = self._samples.stored(torch.as_tensor(rows, dtype=torch.int64))
-        return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+        if x.dtype != torch.uint8:
+            return x.float()
+        lo, hi = self._range
+        return x.float().div_(255 / (hi - lo)).add_(lo).clamp_(lo, hi)
 
     def batches(self, size: int = 256) -> Iterator[tuple[Inputs, Labels]]:
         """Yield (x, y) in order: x (b, *shape) float32, y (b,) int64, b = size but for the last batch."""
@@ -97,6 +101,12 @@ class Data:
 
     def __iter__(self) -> Iterator[tuple[Inputs, Labels]]:
         return self.batches()
+
+    def scaled(self, lo: float, hi: float) -> "Data":
+        """Return the same data with 8-bit values spread over [lo, hi]; floats stay what they are."""
+        same = Data(self._samples, self.labels, name=self.name, source=self.source, class_names=self.class_names)
+        same._range, same._fingerprint = (lo, hi), self._fingerprint
+        return same
 
     def head(self, n: int) -> "Data":
         """Return the first n samples (all, if there are no more); arrays are not copied.
@@ -109,7 +119,8 @@ class Data:
         if n >= len(self):
             return self
         samples, labels = self._samples.head(n), self.labels[:n]
-        return Data(samples, labels, name=self.name, source=self.source, class_names=self.class_names)
+        first = Data(samples, labels, name=self.name, source=self.source, class_names=self.class_names)
+        return first.scaled(*self._range)
 
     def check(self) -> None:
         """Read and decode every sample once, so that no later batch can fail.

@@ -52,7 +52,19 @@ Tell: TypeAlias = Callable[[str, int], None]
 """Is told, after each question to the model, the stage and the number of passes."""
 
 
-def attack_block(job: Job, live: Live, rows: list[int], tell: Tell) -> Part:
+def ignore(stage: str, passes: int) -> None:
+    """Tell nobody."""
+
+
+def run_block(job: Job, rows: list[int], tell: Tell = ignore) -> Part:
+    """Attack the samples ``rows`` of the job's data: all that one call of an executor does."""
+    with job.model.frozen(job.device) as live:
+        # The draws of attacks belong to samples; those of a model that is random can only belong to a block.
+        torch.manual_seed(hash((job.seed, rows[0])) % 2**63)
+        return _attack_block(job, live, rows, tell)
+
+
+def _attack_block(job: Job, live: Live, rows: list[int], tell: Tell) -> Part:
     """Run the cascade on some samples, verify every success, shrink it, and write down what was found."""
     index = torch.tensor(rows)
     x, y = job.data.batch(index).to(live.device), job.data.labels[index].to(live.device)
@@ -111,7 +123,8 @@ def _write_down(job: Job, clock: _Clock, p: Problem, out: Outcome, wrong: Mask, 
     assert label is not None
     assert p.clean_logits is not None
     with clock.stage("shrink", len(at)):
-        survive = _after_rounding(door, q, x) if len(at) else 0
+        images = len(at) and x.ndim == 4
+        survive = _after_rounding(door, q, x) if images else len(at)
         x, z = _shrink(door, q, x) if len(at) else (x, p.clean_logits[:0])
     sizes = torch.full(wrong.shape, torch.inf, dtype=torch.float64, device=x.device)
     sizes[wrong] = 0.0

@@ -1,9 +1,11 @@
 """The evaluation: checks first, then block by block until every sample is stored, then what the whole shows."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, final
@@ -12,18 +14,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from assay.attacks import Bisect
+from assay.attacks import Bisect, Cascade
 from assay.core.errors import ThreatError
 from assay.core.executor import Executor, serial
 from assay.core.progress import Progress, Snapshot, silent
-from assay.core.registry import UnknownNameError, closest
-from assay.data import Data, load_data
-from assay.evaluation.block import Job, Part, attack_block
+from assay.core.registry import UsageError, closest
+from assay.data import load_data
+from assay.evaluation.block import Job, run_block
 from assay.evaluation.efforts import EFFORTS, Stage, stages_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.preflight import check_data, check_model
 from assay.evaluation.result import Evaluation
 from assay.models import Model
+from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
 from assay.runs import Run
@@ -64,7 +67,8 @@ def evaluate(
         resume: go on with a run of the same settings that is in ``out`` already.
         limit: use only the first samples.
         progress: show a live display, or call this with each :class:`Snapshot`.
-        executor: where blocks run; None for this process.
+        executor: where blocks run, each a call of its own that can be pickled, but not as threads of one process, which
+            would share the model; None for this process.
         command: what reproduces the run, for its manifest.
 
     Returns:
@@ -75,28 +79,32 @@ def evaluate(
         DataError, ThreatError, ModelError: model, data and threat do not fit; raised before any attack.
         RunError: ``out`` cannot be written or holds another run.
     """
-    if effort not in EFFORTS:
-        raise UnknownNameError("an effort", repr(effort), closest(effort, [*EFFORTS]))
-    if prove is not None:
-        raise UnknownNameError("prove=None", repr(prove), "Certification is not part of this version yet.")
-    model, data = _model(model), _data(data, limit)
+    _check_request(effort, prove, limit)
+    model, data = _model(model), load_data(data, limit=limit)
     threat = Threat.parse(threat) if isinstance(threat, str) else threat
     if threat.targeted:
         raise ThreatError(
             "an untargeted threat to evaluate", "a targeted one", "Use an attack, or `assay attack --target`."
         )
+    mark = fingerprint(model)  # before the model is asked anything: it may count its calls
+    data = data.scaled(model.domain.lo, model.domain.hi)
     findings = check_data(data, model.domain)
     threat = threat.within(model.domain, int(np.prod(data.shape)))
     checked = check_model(model, data, threat, device)
-    stages = _stages(effort, threat, checked.blind)
-    manifest = new_manifest(model, checked, data, threat, effort, stages, seed, device, command)
-    run = Run.start(out if out is not None else mkdtemp(prefix="assay-"), manifest, resume=resume)
-    job = Job(checked.model, data, threat, stages, seed, device)
+    findings += checked.findings
+    job = Job(checked.model, data, threat, _stages(effort, threat, checked.blind), seed, device)
+    manifest = new_manifest(job, mark, effort, checked.classes, findings, command)
+    passing = None if out is not None else mkdtemp(prefix="assay-")
+    run = Run.start(passing or str(out), manifest, resume=resume)
     try:
         with _shown(progress) as show:
-            complete = _work(run, job, batch_size or BLOCK, show, executor or serial)
+            complete = _work(run, job, batch_size or BLOCK, show, executor)
         result = Evaluation(run, passing=out is None)
-        finish(run, result, [*findings, *checked.findings], checked, complete=complete)
+        finish(run, result, findings, checked.classes, complete=complete)
+    except BaseException:
+        if passing:
+            shutil.rmtree(passing, ignore_errors=True)
+        raise
     finally:
         run.close()
     return result
@@ -108,19 +116,21 @@ def _model(model: Any) -> Model:
     return model if isinstance(model, Model) else Model(model)
 
 
-def _data(data: Any, limit: int | None) -> Data:
+def _check_request(effort: str, prove: str | None, limit: int | None) -> None:
+    if effort not in EFFORTS:
+        raise UsageError("an effort", repr(effort), closest(effort, [*EFFORTS]))
+    if prove is not None:
+        raise UsageError("prove=None", repr(prove), "Certification is not part of this version yet.")
     if limit is not None and limit < 1:
-        raise UnknownNameError("a limit of at least 1", str(limit), "Leave it out to use all samples.")
-    loaded = load_data(data, limit=limit)
-    loaded.check()
-    return loaded
+        raise UsageError("a limit of at least 1", str(limit), "Leave it out to use all samples.")
 
 
 def _stages(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
     stages = stages_for(effort, threat.norm.name, blind)
     if threat.eps is not None:
         return stages
-    return tuple(Stage(f"{s.name}-bisect", Bisect(s.attack)) for s in stages[:2])
+    repeated = {"pgd-margin", "apgd-ce"} | ({"square"} if blind else set())
+    return (Stage("bisect", Bisect(Cascade(tuple(s.attack for s in stages if s.name in repeated)))),)
 
 
 @contextlib.contextmanager
@@ -134,18 +144,21 @@ def _shown(progress: bool | Progress) -> Iterator[Progress]:
         yield silent
 
 
-def _work(run: Run, job: Job, block: int, show: Progress, executor: Executor) -> bool:
+def _work(run: Run, job: Job, block: int, show: Progress, executor: Executor | None) -> bool:
     """Attack every sample that is not stored yet; return whether all are."""
-    done = run.done()
+    stored = run.samples()
+    done = set(stored["index"].to_pylist())
     rest = [i for i in range(len(job.data)) if i not in done]
     blocks = [rest[i : i + block] for i in range(0, len(rest), block)]
-    watch = _Watch.of(run, len(job.data), show)
+    watch = _Watch(show, len(job.data))
+    watch.add(stored["status"].to_pylist())
+    # Only this process can watch inside a block; to others the work must travel.
+    work = partial(run_block, job) if executor else partial(run_block, job, tell=watch.tell)
+    parts = (executor or serial)(work, blocks)
     try:
-        with job.model.frozen(job.device) as live:
-            torch.manual_seed(job.seed)
-            for part in executor(lambda rows: attack_block(job, live, rows, watch.tell), blocks):
-                run.add(part.rows, part.adversarials, part.tally)
-                watch.stored(part)
+        for part in parts:
+            run.add(part.rows, part.adversarials, part.tally)
+            watch.add(part.rows["status"])
     except KeyboardInterrupt:
         if not watch.done:
             raise
@@ -166,20 +179,12 @@ class _Watch:
     passes: int = 0
     begin: float = field(default_factory=time.perf_counter)
 
-    @classmethod
-    def of(cls, run: Run, total: int, show: Progress) -> "_Watch":
-        watch = cls(show, total)
-        watch._add(run.samples().column("status").to_pylist())
-        return watch
-
-    def _add(self, states: list[str]) -> None:
+    def add(self, states: list[str]) -> None:
         self.done += len(states)
         self.right += sum(s != "misclassified" for s in states)
         self.fooled += sum(s == "fooled" for s in states)
-
-    def stored(self, part: Part) -> None:
-        self._add(part.rows["status"])
-        self.tell("store", 0)
+        if states:
+            self.tell("store", 0)
 
     def tell(self, stage: str, passes: int) -> None:
         self.passes += passes

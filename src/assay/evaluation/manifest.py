@@ -1,7 +1,7 @@
 """What a run's manifest says: before it begins, and what the whole of it showed."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,15 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.data import Data
-from assay.evaluation.efforts import Stage
+from assay.evaluation.block import Job
 from assay.evaluation.finding import Finding
-from assay.evaluation.preflight import Preflight, check_accuracy
+from assay.evaluation.preflight import check_accuracy
 from assay.evaluation.result import Evaluation
-from assay.models import Model
-from assay.models.fingerprint import fingerprint
 from assay.runs import Run
-from assay.threats import Threat
 
 _TOLERANCE = (
     "Random numbers belong to samples, so batches, workers and interruptions change nothing but the rounding of "
@@ -27,23 +23,14 @@ _TOLERANCE = (
 
 
 def new_manifest(
-    model: Model,
-    checked: Preflight,
-    data: Data,
-    threat: Threat,
-    effort: str,
-    stages: tuple[Stage, ...],
-    seed: int,
-    device: torch.device | str | None,
-    command: str | None,
+    job: Job, mark: str, effort: str, classes: int, findings: Sequence[Finding], command: str | None
 ) -> dict[str, Any]:
     """Return the manifest of a run that has not begun. ``identity`` is what decides its numbers."""
     from assay import __version__
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    norm = {"box": [model.domain.lo, model.domain.hi], "mean": model.mean, "std": model.std}
-    marks = {"model": fingerprint(model), "data": data.fingerprint()}
-    module = model.module
+    model, data, module = job.model, job.data, job.model.module
+    how = {"samples": model.samples, "probabilities": model.probabilities}
     return {
         "assay": __version__,
         "complete": False,
@@ -51,26 +38,28 @@ def new_manifest(
         "updated": now,
         "command": command,
         "identity": {
-            "threat": threat.to_json(),
+            "threat": job.threat.to_json(),
             "effort": effort,
-            "stages": [s.to_json() for s in stages],
-            "seed": seed,
+            "stages": [s.to_json() for s in job.stages],
+            "seed": job.seed,
             "prove": None,
-            **marks,
+            "model": mark,
+            "data": data.fingerprint(),
+            "assay": __version__,
+            **how,
         },
         "model": {
             "name": model.name,
-            "fingerprint": marks["model"],
-            "classes": checked.classes,
-            **_plain(norm),
-            "parameters": sum(p.numel() for p in module.parameters()) if module else None,
-            "samples": checked.model.samples,
-            "probabilities": checked.model.probabilities,
+            "fingerprint": mark,
+            "classes": classes,
+            "parameters": sum(p.numel() for p in module.parameters()) if module is not None else None,
+            **_plain({"box": [model.domain.lo, model.domain.hi], "mean": model.mean, "std": model.std}),
+            **how,
         },
         "data": {
             "name": data.name,
             "source": data.source,
-            "fingerprint": marks["data"],
+            "fingerprint": data.fingerprint(),
             "n": len(data),
             "shape": list(data.shape),
             "class_names": list(data.class_names) if data.class_names else None,
@@ -80,12 +69,12 @@ def new_manifest(
             "torch": torch.__version__,
             "numpy": np.__version__,
             "platform": f"{platform.system()} {platform.machine()}",
-            "device": str(device or "as the model"),
+            "device": str(job.device or "as the model"),
             "threads": torch.get_num_threads(),
         },
         "tolerance": _TOLERANCE,
         "totals": None,
-        "findings": [],
+        "findings": [f.to_json() for f in findings],
     }
 
 
@@ -93,11 +82,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v.tolist() if isinstance(v, Tensor | np.ndarray) else v for k, v in values.items()}
 
 
-def finish(run: Run, result: Evaluation, findings: list[Finding], checked: Preflight, *, complete: bool) -> None:
+def finish(run: Run, result: Evaluation, findings: Sequence[Finding], classes: int, *, complete: bool) -> None:
     """Write what the whole run showed into its manifest."""
     totals = result.totals()
     right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
-    findings += [*check_accuracy(right, result.n, checked.classes), *_after_work(totals)]
+    findings = [*findings, *check_accuracy(right, result.n, classes), *_after_work(totals)]
     now = datetime.now(UTC).isoformat(timespec="seconds")
     run.save(complete=complete, updated=now, totals=totals, findings=[f.to_json() for f in findings])
 
@@ -117,8 +106,8 @@ def _after_work(totals: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "lost-at-8-bit",
             "info",
-            f"{fooled - totals['survive_8bit']} of {fooled} adversarial inputs no longer fool when rounded to 8 bits, "
-            "as an image file does. The figures hold for inputs of full precision.",
+            f"{fooled - totals['survive_8bit']} of {fooled} adversarial inputs, as found, no longer fool when "
+            "rounded to 8 bits, as an image file does. The figures hold for inputs of full precision.",
             {"fooled": fooled, "survive": totals["survive_8bit"]},
             "Store adversarial inputs as floats (.npz).",
         )

@@ -7,7 +7,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError
+from assay.core.errors import AssayError, DataError, ModelError, ModelOutputError, NonFiniteError
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
 from assay.models.model import PAD, Live, Net
 from assay.threats.problem import Goal, Problem
@@ -130,8 +130,10 @@ class Door:
             stop = min(len(x), start + (self._rows or len(x)))
             try:
                 answers = ask(self._fill(x[start:stop]), slice(start, stop))
-            except (RuntimeError, MemoryError) as e:
-                self._shrink(e, stop - start)
+            except AssayError:
+                raise
+            except Exception as e:  # whatever the user's network raises
+                self._shrink(e, x[start:stop])
                 continue
             parts.append(answers)
             start = stop
@@ -144,16 +146,18 @@ class Door:
         missing = wanted - len(x)
         return torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
 
-    def _shrink(self, error: BaseException, rows: int) -> None:
-        """Halve the rows of a call if the error says that memory ran out, else raise it."""
+    def _shrink(self, error: Exception, x: Inputs) -> None:
+        """Halve the rows of a call if the error says that memory ran out, else say what the network cannot take."""
+        rows = len(x)
         said = str(error).lower()
-        full = (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "not enough memory" in said
-            or ("can't allocate memory" in said)
-        )
-        if not full:
-            raise error
+        full = isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
+        if not full and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise ModelError(
+                f"a network that takes inputs {tuple(x.shape)} and can be differentiated",
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                "Check image size, channels, --arch and --device.",
+                code="model-failed",
+            ) from error
         if rows <= PAD or self.live.model.fixed_rows:
             raise ModelError(
                 "memory for a batch of the model's inputs",

@@ -82,13 +82,28 @@ def _module(module: nn.Module) -> Iterator[bytes]:
     yield _written(module)
     for name, m in module.named_modules():
         yield f"{name} {_name(type(m))}".encode()
-        forward = type(m).forward
         if isinstance(m, torch.fx.GraphModule):
             yield m.code.encode()
-        elif not type(m).__module__.startswith("torch.") and isinstance(forward, types.FunctionType):
-            yield from _code(forward.__code__)
+        yield from _own(m)
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         yield from _tensor(name, t)
+
+
+def _own(module: nn.Module) -> Iterator[bytes]:
+    """Yield what the user's class adds to a module: the code of its methods, and its plain attributes."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch."):
+            break
+        for name, method in vars(cls).items():
+            if isinstance(method, types.FunctionType):
+                yield name.encode()
+                yield from _code(method.__code__)
+    for name, v in vars(module).items():
+        if not name.startswith("_") and name != "training" and isinstance(v, bool | int | float | str | tuple | list):
+            yield name.encode() + _written(v)
+        elif isinstance(v, Tensor | np.ndarray):
+            yield name.encode()
+            yield from _pieces(v, set())
 
 
 def _tensor(name: str, t: Tensor) -> Iterator[bytes]:

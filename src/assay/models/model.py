@@ -93,9 +93,9 @@ class Model:
         target = torch.device(device) if device is not None else _device_of(module)
         layout = self._layout(module, target)
         kept = _Kept(module)
-        devices = [target] if target.type == "cuda" else []
+        devices = [*range(torch.cuda.device_count())] if target.type == "cuda" else []
         # A caller's inference_mode would make every gradient zero, and a model look robust.
-        with torch.inference_mode(False), torch.random.fork_rng(devices):
+        with torch.inference_mode(False), torch.random.fork_rng(devices), _float32(target):
             try:
                 kept.freeze(target)
                 yield Live(self, target, layout, find_patches(kept.module, layout))
@@ -122,6 +122,9 @@ class Model:
         return out / self.samples if self.samples > 1 else out
 
     def _answer(self, x: Inputs) -> Logits:
+        first = None if self.module is None else next(self.module.parameters(), None)
+        if first is not None and first.is_floating_point() and first.dtype != x.dtype:
+            x = x.to(first.dtype)
         out = self.net(x)
         out = getattr(out, "logits", out)
         if not isinstance(out, Tensor):
@@ -196,6 +199,21 @@ class _Kept:
             m._buffers[n] = b
         for m, mode in self.modes:
             m.training = mode
+
+
+@contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the parameters: without a caller's autocast, and without TF32 on a GPU."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
 
 
 def _device_of(module: nn.Module | None) -> torch.device:

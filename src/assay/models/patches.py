@@ -41,7 +41,7 @@ def find_patches(module: nn.Module, layout: torch.memory_format) -> list[Patch]:
     follower = dict(_pairs(module))
     patches: list[Patch] = []
     for conv in module.modules():
-        if type(conv) is not nn.Conv2d or not _is_plain(conv) or "forward" in vars(conv):
+        if type(conv) is not nn.Conv2d or not _is_plain(conv) or not _is_untouched(conv):
             continue
         weight, bias = conv.weight.detach(), conv.bias
         if norm := follower.get(conv):
@@ -60,6 +60,12 @@ def _is_stem(conv: nn.Conv2d) -> bool:
 
 def _is_plain(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _is_untouched(m: nn.Module) -> bool:
+    """Tell whether a layer computes just what its class says: no hooks, no weight that is computed anew each time."""
+    hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return "forward" not in vars(m) and not any(hooks) and m._parameters.keys() >= {"weight", "bias"}
 
 
 def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
             continue
         conv = calls.get(source)
         alone = times[norm] == 1 and conv is not None and times[conv] == 1
-        if alone and type(conv) is nn.Conv2d and norm.running_mean is not None and "forward" not in vars(norm):
+        if alone and type(conv) is nn.Conv2d and norm.running_mean is not None and _is_untouched(norm):
             yield conv, norm
 
 

@@ -63,15 +63,16 @@ class Run:
         """
         folder = Path(path)
         with _told(folder):
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(folder)
+            (folder / "samples").mkdir(exist_ok=True)
             (folder / "adversarials").mkdir(exist_ok=True)
         run = cls(folder, {**manifest, "schema": VERSION})
         run._acquire()
         try:
             run._admit(resume=resume)
             with _told(folder):
-                for left in folder.rglob(".tmp-*"):
-                    left.unlink()
+                run._sweep()
             run.save()
         except BaseException:
             run.close()
@@ -80,13 +81,6 @@ class Run:
 
     def _admit(self, *, resume: bool) -> None:
         if not (self.path / "manifest.json").exists():
-            strays = [p.name for p in self.path.iterdir() if p.name not in _OURS]
-            if strays or any((self.path / "samples").iterdir()):
-                raise RunError(
-                    f"an empty folder or a run in {self.path}",
-                    f"{', '.join(strays[:3]) or 'rows without a manifest'}",
-                    "Choose another --out.",
-                )
             return
         there = Run.read(self.path)
         if not resume:
@@ -99,6 +93,13 @@ class Run:
                 "Choose another --out, or repeat the run's own settings to go on with it.",
             )
         self.manifest["created"] = there.manifest.get("created", self.manifest.get("created"))
+
+    def _sweep(self) -> None:
+        """Remove what a kill left half done: temporary files, and adversarial inputs without rows."""
+        done = {p.stem for p in self._parts()}
+        for left in [*self.path.rglob(".tmp-*"), *(self.path / "adversarials").glob("*.npz")]:
+            if left.stem not in done:
+                left.unlink(missing_ok=True)
 
     def _acquire(self) -> None:
         """Hold the folder as long as the run is open, so that two processes cannot write one run."""
@@ -181,7 +182,16 @@ class Run:
                     yield dict(arrays)
 
 
-_OURS = {"samples", "adversarials", ".lock"}
+def _refuse_strangers(folder: Path) -> None:
+    """Leave alone a folder that is neither empty nor a run."""
+    if (folder / "manifest.json").exists():
+        return
+    strays = sorted(p.name for p in folder.iterdir() if p.name not in {"samples", "adversarials", ".lock"})
+    strays += sorted(p.name for p in (folder / "samples").glob("*.parquet"))
+    if strays:
+        raise RunError(
+            f"an empty folder, or that of a run, in {folder}", f"{', '.join(strays[:3])}", "Choose another --out."
+        )
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterable[str]:

@@ -15,7 +15,7 @@ _INSIDE = 1 - 1e-6
 """Balls that are no box are used a millionth short, so that float32 rounding of x0 + d cannot leave them."""
 
 _ROUNDING = 1e-5
-"""Share of the largest logit by which float32 networks may differ between batches, kernels and machines."""
+"""Share of the larger of two logits by which float32 networks may differ between batches, kernels and machines."""
 
 
 @final
@@ -40,8 +40,10 @@ class Goal:
         """Tell where the goal is met by more than rounding: in another batch, or on another machine, it still is."""
         own = self.label if self.label is not None else self.target
         assert own is not None
-        ahead = logits.scatter(1, own[:, None], -torch.inf).amax(1) - logits.gather(1, own[:, None])[:, 0]
-        return (ahead if self.label is not None else -ahead) > _ROUNDING * logits.abs().amax(1)
+        mine = logits.gather(1, own[:, None])[:, 0]
+        rival = logits.scatter(1, own[:, None], -torch.inf).amax(1)
+        ahead = rival - mine if self.label is not None else mine - rival
+        return ahead > _ROUNDING * torch.maximum(mine.abs(), rival.abs())
 
     def take(self, rows: Rows | slice) -> "Goal":
         return Goal(*(None if v is None else v[rows] for v in (self.label, self.target)))

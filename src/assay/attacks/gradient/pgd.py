@@ -9,6 +9,7 @@ import torch
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS
+from assay.core.registry import UsageError, closest
 from assay.core.types import Inputs
 from assay.models.door import Gradient, Loss
 from assay.threats.problem import Problem
@@ -62,6 +63,10 @@ class PGD(GradientAttack[PGDState]):
     random_start: bool = True
     support: float = 0.02
     loss: Loss = cross_entropy
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("none", "cosine"):
+            raise UsageError("decay none or cosine", repr(self.decay), closest(self.decay, ["none", "cosine"]))
 
     def init(self, p: Problem) -> PGDState:
         x = p.start() if self.random_start else p.x0
