@@ -169,7 +169,7 @@ def test_doctor_finds_this_installation_sound(tmp_path):
 
 
 def test_demo_compares_the_two_shipped_models(tmp_path):
-    done = run("demo", "--limit", 16, "--effort", "quick", "--json", cwd=tmp_path, check=0)
+    done = run("demo", "--limit", 16, "--effort", "quick", "--out", "runs/demo", "--json", cwd=tmp_path, check=0)
     result = json.loads(done.stdout)
     assert result["mnist-robust"]["robust_accuracy"] > result["mnist-plain"]["robust_accuracy"]
     assert (tmp_path / "runs/demo/comparison.txt").read_text()

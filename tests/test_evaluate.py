@@ -210,6 +210,7 @@ def test_the_manifest_says_all_that_decides_the_numbers(whole):
         "threat",
         "effort",
         "stages",
+        "n",
         "seed",
         "prove",
         "model",

@@ -125,7 +125,7 @@ def test_a_prefix_that_the_architecture_has_stays(tmp_path):
 def test_weights_of_another_architecture_are_refused_with_the_differences(tmp_path, net):
     path = tmp_path / "a.pth"
     torch.save(net.state_dict(), path)
-    refused(path, path, "2 missing (weight, bias)", "9 unexpected (conv.weight, conv.bias", "--arch", arch=linear)
+    refused(path, path, "2 missing (weight, bias)", "8 unexpected (conv.weight, conv.bias", "--arch", arch=linear)
     torch.save(nn.Linear(4, 5).state_dict(), path)
     refused(path, "2 of another shape (weight is (5, 4), not (3, 4)", "--arch", arch=linear)
     torch.save({"weight": 3, "bias": None}, path)

@@ -15,7 +15,7 @@ from assay.models.door import Door
 from assay.models.model import Model
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem, exact_size
-from assay.threats.threat import Threat
+from assay.threats.threat import Box, Threat
 
 
 @final
@@ -74,7 +74,7 @@ class Runnable(ABC):
         model: Model | nn.Module | Callable[[Tensor], Tensor],
         x: Inputs,
         y: Labels,
-        threat: Threat,
+        threat: Threat | str,
         seed: int = 0,
         *,
         full: bool = False,
@@ -101,15 +101,19 @@ class Runnable(ABC):
             ModelError: what the model returns are not finite logits (b, c).
         """
         model = model if isinstance(model, Model) else Model(model)
-        threat = threat.within(model.domain, x[0].numel() if len(x) else 1)
-        _check(x, y, threat)
+        threat = Threat.parse(threat) if isinstance(threat, str) else threat
+        _check(x, y)
+        threat = threat.within(model.domain, x[0].numel())
+        _check_inside(x, threat.box or Box())
         with model.frozen(device) as live:
             place, x0 = x.device, x.detach().to(live.device).contiguous().clone()
             door = Door(live, len(x))
             keys = torch.arange(len(x)) if indices is None else indices
             p = Problem.pose(x0, y.to(live.device).long().clone(), threat, Draws.of(seed, keys.to(live.device)))
             out = self.run(door, p, full=full)
-            found, points, size = verify(door, p, out)
+            # Posed anew: what an attack did to its own copy of the problem must not decide whether it succeeded.
+            truth = Problem.pose(x.detach().to(live.device).contiguous(), y.to(live.device).long(), threat, p.draws)
+            found, points, size = verify(door, truth, out)
             size = torch.where(found, size, torch.inf).to(x0.dtype)
             return Result(*(v.to(place) for v in (points, found, size, door.forwards, door.backwards)))
 
@@ -144,7 +148,11 @@ def _draw_in(p: Problem, x: Inputs) -> Inputs:
     return choose(small, p.project(x), x)
 
 
-def _check(x: Inputs, y: Labels, threat: Threat) -> None:
+def _check(x: Inputs, y: Labels) -> None:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise DataError(
+            "torch tensors x and y", f"{type(x).__name__} and {type(y).__name__}", "Convert: torch.as_tensor(x)."
+        )
     if not len(x) or len(x) != len(y) or y.ndim != 1 or x.ndim < 2:
         raise DataError(
             "inputs (b, *f) and as many labels (b,), b >= 1",
@@ -156,8 +164,9 @@ def _check(x: Inputs, y: Labels, threat: Threat) -> None:
         raise DataError("floating-point inputs", f"{x.dtype}", "Convert: x = x.float() / 255 for 8-bit images.")
     if y.is_floating_point():
         raise DataError("integer labels", f"{y.dtype}", "Pass class indices, not one-hot rows or scores.")
-    box = threat.box
-    assert box is not None
+
+
+def _check_inside(x: Inputs, box: Box) -> None:
     outside = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
     if outside.any():
         raise DataError(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assay.cli import options as o
+from assay.core.errors import RunError
 from assay.core.registry import UsageError, closest
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def attack(
     checked = check_model(net, samples, parsed, place)
     wanted = None if target is None else _class(target, samples, checked.classes)
     parsed = Threat(parsed.norm, parsed.eps, parsed.box, targeted=wanted is not None)
+    if save_images is not None:
+        try:
+            save_images.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise RunError(f"a folder for images at {save_images}", str(e), "Choose another folder.") from e
     work = _Work(chosen, checked.model, samples, parsed, wanted, seed, place, save_images)
     for rows in torch.arange(len(samples)).split(batch_size or BLOCK):  # type: ignore[no-untyped-call]
         work.attack_rows(rows)

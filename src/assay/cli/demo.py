@@ -9,11 +9,12 @@ from rich.console import Console
 from assay.cli import options as o
 
 MODELS = ("mnist-plain", "mnist-robust")
+USUAL = (500, "linf:0.3", "standard")
 
 
 @o.told
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the two runs and the comparison.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the two runs (default: runs/demo).")] = None,
     limit: o.Limit = 500,
     threat: o.ThreatOpt = "linf:0.3",
     effort: Annotated[str, typer.Option(metavar="quick|standard|thorough", help="How hard to attack.")] = "standard",
@@ -29,6 +30,8 @@ def demo(
     from assay.reports import compare_table
 
     place, results = o.device_of(device), []
+    usual = (limit, threat, effort) == USUAL
+    out = out or (Path("runs/demo") if usual else o.run_folder("demo", f"{effort}-{limit}", threat))
     for name in MODELS:
         command = f"assay evaluate demo:{name} demo:mnist --threat {threat} --effort {effort} --limit {limit}"
         result = evaluate(
@@ -44,7 +47,8 @@ def demo(
         result.report()
         results.append(result)
         if not result.complete:
-            o.errors.print("interrupted; what is done is saved. To go on:  assay demo")
+            o.errors.print("interrupted; what is done is saved. To go on:")
+            o.errors.print(f"  {o.command_line()}", markup=False, soft_wrap=True)
             raise typer.Exit(o.INTERRUPTED)
     table = compare_table([r.run for r in results])
     with (out / "comparison.txt").open("w", encoding="utf-8") as file:

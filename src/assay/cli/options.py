@@ -85,7 +85,7 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
             errors.print(str(e), markup=False, soft_wrap=True)
             raise typer.Exit(e.exit_code) from e
         except KeyboardInterrupt:
-            errors.print("interrupted before the first samples were stored; to start again:")
+            errors.print("interrupted; what was stored is kept. To go on:")
             errors.print(f"  {command_line()}", markup=False, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
 

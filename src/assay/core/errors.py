@@ -12,7 +12,7 @@ class AssayError(Exception):
 
     def __str__(self) -> str:
         head = f"[{self.code}] " if self.code else ""
-        return f"{head}expected {self.expected}; found {self.found}. {self.remedy}"
+        return f"{head}expected {self.expected}; found {self.found.rstrip('.')}. {self.remedy}"
 
 
 class ThreatError(AssayError):

@@ -155,7 +155,8 @@ def _opened(encoded: bytes, where: str) -> Iterator[Image.Image]:
 def folder(path: Path) -> Data:
     """Load a folder that has one folder of images for each class.
 
-    The classes are numbered in the order of the folders' names. Samples are dealt in turn from all classes,
+    Folders whose names are all numbers are the classes of those numbers; others are numbered in the order of their
+    names. Samples are dealt in turn from all classes,
     so that the first ones are balanced. Hidden files, and those without the suffix of an image, are ignored.
 
     Raises:
@@ -168,10 +169,14 @@ def folder(path: Path) -> Data:
             raise _not_classes(path, classes)
     except OSError as e:
         raise DataError("a folder that can be read", f"{e.filename}: {e.strerror}", "Check its permissions.") from e
-    labelled = [[(p, label) for p in group] for label, group in enumerate(files)]
+    names = [c.name for c in classes]
+    numbered = all(n.isdecimal() for n in names)
+    numbers = [int(n) for n in names] if numbered else [*range(len(names))]
+    labelled = [[(p, label) for p in group] for label, group in zip(numbers, files, strict=True)]
     dealt = [pair for pair in chain.from_iterable(zip_longest(*labelled)) if pair is not None]
     paths, labels = [p for p, _ in dealt], torch.tensor([label for _, label in dealt])
-    names = [c.name for c in classes]
+    if numbered:
+        names = [str(i) for i in range(max(numbers) + 1)]
     samples = Images(_Files(paths), _Names(paths), len(paths))
     return Data(samples, labels, name=path.resolve().name, source=str(path), class_names=names)
 

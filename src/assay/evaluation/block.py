@@ -68,27 +68,29 @@ def _attack_block(job: Job, live: Live, rows: list[int], tell: Tell) -> Part:
     """Run the cascade on some samples, verify every success, shrink it, and write down what was found."""
     index = torch.tensor(rows)
     x, y = job.data.batch(index).to(live.device), job.data.labels[index].to(live.device)
-    clock = _Clock(live, len(x), tell)
+    clock = _Clock(live, index, tell)
     door = clock.door
-    p = Problem.pose(x, y, job.threat, Draws.of(job.seed, index.to(live.device)))
+    truth = Problem.pose(x, y, job.threat, Draws.of(job.seed, index.to(live.device)))
+    # Attacks get a copy of their own: what they do to it must not decide whether they succeeded.
+    p = Problem.pose(x.clone(), y.clone(), job.threat, truth.draws)
     with clock.stage("clean", len(p)) as stage:
         z = door.logits(x, p.rows)
         wrong = p.goal.reached(z)
         stage["broken"] = int(wrong.sum())
-    p = replace(p, clean_logits=z)
+    truth, p = replace(truth, clean_logits=z), replace(p, clean_logits=z)
     out = replace(Outcome.nothing(p), success=wrong)
     for number, part in enumerate(job.stages):
         if not out.success.all():
-            out = _attack_stage(clock, p, out, number, part)
-    return _write_down(job, clock, p, out, wrong, index)
+            out = _attack_stage(clock, truth, p, out, number, part)
+    return _write_down(job, clock, truth, out, wrong, index)
 
 
-def _attack_stage(clock: "_Clock", p: Problem, out: Outcome, number: int, part: Stage) -> Outcome:
+def _attack_stage(clock: "_Clock", truth: Problem, p: Problem, out: Outcome, number: int, part: Stage) -> Outcome:
     """Run one stage on what is standing; only claims that verification confirms count as fallen."""
     with clock.stage(part.name, int((~out.success).sum())) as stage:
         new = attack_rest(part.attack, clock.door, p, out, number)
         fresh = new.success & ~out.success
-        holds, x, _ = verify(clock.door, p, replace(new, success=fresh))
+        holds, x, _ = verify(clock.door, truth, replace(new, success=fresh))
         stage["broken"] = int(holds.sum())
         clock.claimed += int(fresh.sum())
         clock.rejected += int(fresh.sum() - holds.sum())
@@ -98,9 +100,9 @@ def _attack_stage(clock: "_Clock", p: Problem, out: Outcome, number: int, part: 
 class _Clock:
     """The door of a block, and what each stage asked of it."""
 
-    def __init__(self, live: Live, n: int, tell: Tell) -> None:
+    def __init__(self, live: Live, index: Labels, tell: Tell) -> None:
         self.name = ""
-        self.door = Door(live, n, lambda passes: tell(self.name, passes))
+        self.door = Door(live, len(index), lambda passes: tell(self.name, passes), index)
         self.stages: list[dict[str, Any]] = []
         self.claimed = self.rejected = 0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from assay.attacks import APGD, LOSSES, PGD, Restarts, Runnable, Square, Targets, describe_attack
+from assay.core.errors import ThreatError
 
 _MARGIN, _DLR = LOSSES["margin"], LOSSES["dlr"]
 
@@ -61,14 +62,21 @@ def stages_for(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
     gets a larger budget; where there are no others, it is alone.
+
+    Raises:
+        ThreatError: a norm that no cascade exists for.
     """
+    if norm not in _NORMS:
+        raise ThreatError(f"one of {', '.join(_NORMS)} to evaluate", norm, "Attacks for other norms come later.")
     gradient = tuple(s for s in EFFORTS[effort] if s.name != "square")
-    if norm not in ("linf", "l2"):
+    if norm not in Square.norms:
         return gradient
     if not blind:
         return EFFORTS[effort]
     square = _square(_BLIND_QUERIES[effort])
     return (square,) if blind == 1 else (*gradient, square)
 
+
+_NORMS: Final = ("linf", "l2", "l1")
 
 _BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000}

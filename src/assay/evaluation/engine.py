@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,9 +79,11 @@ def evaluate(
         DataError, ThreatError, ModelError: model, data and threat do not fit; raised before any attack.
         RunError: ``out`` cannot be written or holds another run.
     """
-    _check_request(effort, prove, limit)
+    _check_request(effort, prove, {"limit": limit, "batch_size": batch_size})
     model, data = _model(model), load_data(data, limit=limit)
     threat = Threat.parse(threat) if isinstance(threat, str) else threat
+    if not isinstance(threat, Threat):
+        raise ThreatError("a Threat, or text like linf:8/255", repr(threat), "Write assay.Threat('linf', eps=8 / 255).")
     if threat.targeted:
         raise ThreatError(
             "an untargeted threat to evaluate", "a targeted one", "Use an attack, or `assay attack --target`."
@@ -116,13 +118,14 @@ def _model(model: Any) -> Model:
     return model if isinstance(model, Model) else Model(model)
 
 
-def _check_request(effort: str, prove: str | None, limit: int | None) -> None:
+def _check_request(effort: str, prove: str | None, counts: Mapping[str, int | None]) -> None:
     if effort not in EFFORTS:
         raise UsageError("an effort", repr(effort), closest(effort, [*EFFORTS]))
     if prove is not None:
         raise UsageError("prove=None", repr(prove), "Certification is not part of this version yet.")
-    if limit is not None and limit < 1:
-        raise UsageError("a limit of at least 1", str(limit), "Leave it out to use all samples.")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} of at least 1", str(count), "Leave it out for the default.")
 
 
 def _stages(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:

@@ -45,6 +45,7 @@ def new_manifest(
             "prove": None,
             "model": mark,
             "data": data.fingerprint(),
+            "n": len(data),
             "assay": __version__,
             **how,
         },

@@ -80,7 +80,10 @@ def check_data(data: Data, box: Box) -> list[Finding]:
 def _unit_hint(low: float, high: float) -> str:
     if low >= 0 and high <= 255 and high > 2:
         return "These look like 0..255: divide them by 255, or say so with --box 0 255 (and give eps in those units)."
-    return "These look normalised: pass them as they were before, and give --mean and --std (assay.Model(mean, std))."
+    return (
+        "If they are normalised, pass them as they were before, and give --mean and --std (assay.Model(mean, std)); "
+        "if this is their natural range, give it with --box."
+    )
 
 
 def _duplicates(twice: int, n: int) -> Iterator[Finding]:

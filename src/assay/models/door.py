@@ -69,13 +69,16 @@ class Door:
         DataError: labels that the model has no class for.
     """
 
-    def __init__(self, live: Live, n: int, listen: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, live: Live, n: int, listen: Callable[[int], None] | None = None, indices: Labels | None = None
+    ) -> None:
         self.live = live
         self.forwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.backwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.differentiable = True
         self._rows = live.model.rows
         self._listen = listen
+        self._indices = torch.arange(n) if indices is None else indices.cpu()  # how errors call the samples
 
     def logits(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
@@ -180,10 +183,10 @@ class Door:
             )
         z = z[: len(rows)]
         if not torch.isfinite(z).all():
-            bad = rows[(~torch.isfinite(z)).any(1)]
+            bad = self._indices[rows[(~torch.isfinite(z)).any(1)].cpu()]
             raise NonFiniteError(
                 "finite logits",
-                f"NaN or infinity for {len(bad)} of {len(z)} inputs (first: sample {int(bad[0])})",
+                f"NaN or infinity for {len(bad)} of {len(z)} inputs of a batch (first: sample {int(bad[0])})",
                 "Look for overflow, log(0), or a division by zero in the network.",
                 code="bad-logits",
             )

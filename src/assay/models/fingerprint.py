@@ -76,6 +76,11 @@ def _other(value: Any, seen: set[int]) -> Iterator[bytes]:
         if isinstance(v, nn.Module | Tensor | np.ndarray | types.FunctionType | types.MethodType):
             yield name.encode()
             yield from _pieces(v, seen)
+        elif isinstance(v, list | tuple):
+            yield name.encode()
+            yield from _each(v, seen)
+        elif isinstance(v, bool | float | str):  # not int: it may count calls
+            yield name.encode() + _written(v)
 
 
 def _module(module: nn.Module) -> Iterator[bytes]:

@@ -91,6 +91,10 @@ class Model:
         """
         module = self.module
         target = torch.device(device) if device is not None else _device_of(module)
+        try:
+            torch.empty(0, device=target)
+        except (RuntimeError, AssertionError) as e:
+            raise ModelError("a device of this machine", f"{target} ({str(e).splitlines()[0]})", "Use cpu.") from e
         layout = self._layout(module, target)
         kept = _Kept(module)
         devices = [*range(torch.cuda.device_count())] if target.type == "cuda" else []
@@ -178,7 +182,7 @@ class _Kept:
         self.modes = [(m, m.training) for m in module.modules()]
         self.grads = [(p, p.requires_grad) for p in module.parameters()]
         self.data = [(p, p.data) for p in module.parameters()]
-        self.buffers = [(m, n, b) for m in module.modules() for n, b in m._buffers.items() if b is not None]
+        self.buffers = [(m, n, b) for m in module.modules() for n, b in m._buffers.items()]
 
     def freeze(self, device: torch.device) -> None:
         for m, _ in self.modes:
@@ -188,7 +192,7 @@ class _Kept:
             if p.device != device:
                 p.data = p.data.to(device)
         for m, n, b in self.buffers:
-            m._buffers[n] = b.detach().to(device, copy=True)
+            m._buffers[n] = None if b is None else b.detach().to(device, copy=True)
 
     def restore(self) -> None:
         for p, data in self.data:

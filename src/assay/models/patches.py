@@ -134,6 +134,7 @@ def _trace(module: nn.Module) -> list[fx.Node]:
     The graph only says what feeds what: it is never run. What the trace left in the modules is taken back.
     """
     before = [(m, dict(vars(m))) for m in module.modules()]
+    lists = [(v, v[:]) for _, attributes in before for v in attributes.values() if type(v) is list]
     try:
         return [n for n in fx.Tracer().trace(module).nodes if n.op == "call_module"]
     except Exception:  # whatever the user's forward raises when it meets a proxy: then nothing is folded
@@ -142,3 +143,5 @@ def _trace(module: nn.Module) -> list[fx.Node]:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+        for held, content in lists:
+            held[:] = content

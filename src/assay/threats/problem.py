@@ -14,7 +14,7 @@ from assay.threats.threat import Box, Threat
 _INSIDE = 1 - 1e-6
 """Balls that are no box are used a millionth short, so that float32 rounding of x0 + d cannot leave them."""
 
-_ROUNDING = 1e-5
+_ROUNDING = 2e-6
 """Share of the larger of two logits by which float32 networks may differ between batches, kernels and machines."""
 
 

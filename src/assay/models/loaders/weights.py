@@ -52,8 +52,9 @@ def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
     Raises:
         ModelError: other names or shapes than ``net`` has.
     """
-    wanted = net.state_dict()
-    state = max(_states(found), key=lambda s: (s.keys() == wanted.keys(), len(s.keys() & wanted.keys())))
+    # Counters of BatchNorm are younger than many files, and torch fills them in by itself.
+    wanted = {k: v for k, v in net.state_dict().items() if not k.endswith(".num_batches_tracked")}
+    state = max(_states(found), key=lambda s: (_names(s) == wanted.keys(), len(s.keys() & wanted.keys())))
     if differences := _differences(wanted, state):
         raise ModelError(
             f"the weights of {type(net).__name__} ({len(wanted)} tensors)",
@@ -91,10 +92,14 @@ def _differences(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[st
     ]
     kinds = (
         ("missing", [k for k in wanted if k not in state]),
-        ("unexpected", [k for k in state if k not in wanted]),
+        ("unexpected", [k for k in state if k in _names(state) - wanted.keys()]),
         ("of another shape", shapes),
     )
     return [f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds if names]
+
+
+def _names(state: Mapping[str, Any]) -> set[str]:
+    return {k for k in state if not k.endswith(".num_batches_tracked")}
 
 
 def _shape(v: Any) -> tuple[int, ...] | str:
