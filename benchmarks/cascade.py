@@ -3,7 +3,8 @@
     python benchmarks/cascade.py                                    the demo models
     python benchmarks/cascade.py --weights pgd_madry.pth            an outside network of the reference architecture
 
-The images are the first MNIST test images; the outside architecture is ``outside_net`` below.
+The images are the first MNIST test images; outside weights must fit the demo
+networks' architecture, ``assay.models.demo.nets.mnist_cnn``, as published adversarially trained ones do.
 """
 
 import argparse
@@ -12,23 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import assay
-
-
-def outside_net() -> nn.Module:
-    """Return the MNIST architecture that published adversarially trained weights come in."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1568, 100),
-        nn.ReLU(),
-        nn.Linear(100, 10),
-    )
+from assay.models.demo.nets import mnist_cnn
 
 
 def main() -> None:
@@ -42,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.weights:
-        models = [assay.load_model(str(options.weights), arch=outside_net)]
+        models = [assay.load_model(str(options.weights), arch=mnist_cnn)]
     else:
         models = [assay.load_model(f"demo:{name}") for name in ("mnist-plain", "mnist-robust")]
     data = assay.load_data("demo:mnist", limit=options.limit)

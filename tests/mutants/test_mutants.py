@@ -18,7 +18,7 @@ from assay.attacks import attack as attack_module
 from assay.attacks.gradient.pgd import PGDState
 from assay.attacks.loop import GradientAttack, ScoreAttack
 from assay.attacks.losses import cross_entropy, margin
-from assay.attacks.testing import check_attack
+from assay.attacks.testing import Line, check_attack
 from assay.core.random import Draws
 from assay.core.types import choose, per_sample
 from assay.models import Door, Gradient, Loss, Score

@@ -74,7 +74,7 @@ def finish(result: "Evaluation", *, as_json: bool, quiet: bool) -> None:
     if as_json:
         o.emit(summary(result))
     elif quiet:
-        typer.echo(verdict(result.run.manifest))
+        typer.echo(verdict(result.run))
     else:
         console = Console(highlight=False)
         print_run(result.run, console)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, final
 
 from assay.core.errors import DataError
+from assay.core.named import call_named
 from assay.core.registry import closest
 from assay.data.arrays import npz
 from assay.data.data import Data
 from assay.data.images import folder
 from assay.data.mnist import demo
-from assay.data.named import call_named
 from assay.data.objects import from_object
 from assay.data.parquet import parquet
 

@@ -11,8 +11,9 @@ from typing import Any, Final, final
 import numpy as np
 import pyarrow as pa
 
-from assay.reports.summary import Summary, exact
+from assay.reports.summary import Summary, is_right
 from assay.reports.text import Units, percent, span
+from assay.runs import exact_interval
 
 _POINTS: Final = 400
 """Steps drawn at most; more could not be told apart."""
@@ -73,7 +74,7 @@ def falling(sizes: np.ndarray, end: float, confidence: float) -> Steps:
         bins = np.floor(x / end * _POINTS)
         x = x[np.append(np.diff(bins) > 0, True) | (x == 0)]
     above = len(ordered) - np.searchsorted(ordered, x, side="right")
-    low, high = exact(above, len(ordered), confidence)
+    low, high = exact_interval(above, len(ordered), confidence)
     return Steps(x, above / len(ordered), low, high)
 
 
@@ -130,7 +131,7 @@ def _band(steps: Steps, end: float, limit: float) -> str:
 
 def _proven(samples: pa.Table, end: float, limit: float) -> str:
     """Draw the share that is proven up to eps; nothing where nothing is proven."""
-    right = np.asarray(samples["status"].to_pylist(), dtype=object) != "misclassified"
+    right = is_right(samples)
     lower = samples["lower"].to_numpy()
     if not (lower[right] > 0).any():
         return ""

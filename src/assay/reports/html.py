@@ -22,9 +22,10 @@ from assay.core.errors import RunError
 from assay.reports import text
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
-from assay.reports.summary import ClassRow, Manifest, Summary, dig, read, rows, summarize
-from assay.reports.table import median_size, sentence
+from assay.reports.summary import ClassRow, Manifest, Summary, dig, read, summarize
+from assay.reports.table import interrupted, median_size, sentence
 from assay.runs import Run
+from assay.runs.totals import rows
 
 _MOST_CLASSES = 20
 
@@ -58,7 +59,7 @@ def write_report(run: Run, out: Path | None = None) -> Path:
 def render(run: Run) -> str:
     """Return the report as text."""
     manifest, samples = read(run)
-    s = summarize(manifest, samples)
+    s = summarize(manifest)
     cards, trouble = _cards(run, s, samples)
     script = _part("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -147,9 +148,8 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
     if s.complete:
         yield "good", f"Complete: all {text.plural(s.n, s.noun)} were evaluated."
     else:
-        of = f" of {text.count(s.planned)}" if s.planned else ""
         held = "the figures hold for those only" if s.n else "nothing is stored yet"
-        yield "bad", f"Interrupted after {text.count(s.n)}{of} {s.noun}s: {held}."
+        yield "bad", f"{interrupted(s)}: {held}."
     if s.n:
         bound = "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
         yield "plain", f"An upper bound on the truth: {bound}."

@@ -1,7 +1,6 @@
-"""A run in numbers, read from its manifest and completed from its table; what is missing is no error."""
+"""A run in numbers, read from the totals in its manifest; what is missing is no error."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -9,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from assay.reports.text import Units
-from assay.runs import Run
+from assay.runs import Run, exact_interval, totals
+from assay.runs.totals import number, rows
 
 Manifest = Mapping[str, Any]
 
@@ -135,40 +135,15 @@ def dig(value: Any, *keys: str) -> Any:
     return value
 
 
-def number(value: Any) -> float | None:
-    """Return a finite number, or ``None`` for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
 def whole(value: Any) -> int | None:
     """Return a whole number, or ``None`` for everything else."""
     found = number(value)
     return None if found is None else int(found)
 
 
-def rows(value: Any) -> list[Mapping[str, Any]]:
-    """Return the mappings in a list, nothing of anything else."""
-    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list | tuple) else []
-
-
-def exact(right: Any, n: int, confidence: float) -> tuple[Any, Any]:
-    """Return the binomial interval (Clopper & Pearson 1934), elementwise over ``right``."""
-    from scipy.special import betaincinv
-
-    k, tail = np.asarray(right, dtype=float), (1 - confidence) / 2
-    low = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, tail), 0.0)
-    high = np.where(k < n, betaincinv(k + 1, np.maximum(n - k, 1), 1 - tail), 1.0)
-    return low, high
-
-
-def rate(right: int, n: int, confidence: float) -> Rate:
-    """Return the share ``right / n`` with its exact interval."""
-    if not n:
-        return Rate()
-    low, high = exact(right, n, confidence)
-    return Rate(right / n, float(low), float(high))
+def is_right(samples: pa.Table) -> np.ndarray:
+    """Return (n,) which samples are classified correctly when nobody interferes."""
+    return np.array([status != "misclassified" for status in samples["status"].to_pylist()], dtype=bool)
 
 
 def noun_of(shape: Any) -> str:
@@ -178,45 +153,21 @@ def noun_of(shape: Any) -> str:
 
 
 def read(run: Run) -> tuple[Manifest, pa.Table]:
-    """Return a run's manifest and table; totals that a killed run left behind are summed up from its batches."""
-    samples = run.samples()
-    totals = run.manifest.get("totals")
-    if whole(dig(totals, "n")) == len(samples):
-        return run.manifest, samples
-    tallies = [*run.tallies()]
-    summed = {key: _sum(t.get(key) for t in tallies) for key in ("seconds", "claimed", "rejected")}
-    interval = {"confidence": dig(totals, "interval", "confidence")}
-    known = summed | {"n": len(samples), "stages": _merged(tallies), "interval": interval}
-    return {**run.manifest, "totals": known}, samples
+    """Return a run's manifest and table; totals that do not fit the table, as of a killed run, are counted anew."""
+    samples, manifest = run.samples(), run.manifest
+    known = dig(manifest, "totals")
+    if whole(dig(known, "n")) == len(samples) and number(dig(known, "clean_accuracy")) is not None:
+        return manifest, samples
+    counted = totals(samples, run.tallies(), eps=_eps(manifest), class_names=_names(manifest))
+    return {**manifest, "totals": counted}, samples
 
 
-def _sum(values: Iterable[Any]) -> float | None:
-    found = [v for v in map(number, values) if v is not None]
-    return sum(found) if found else None
-
-
-def _merged(tallies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add up the stages of all batches by name, in the order of their first appearance."""
-    by_name: dict[str, list[Mapping[str, Any]]] = {}
-    for tally in tallies:
-        for stage in rows(tally.get("stages")):
-            by_name.setdefault(str(stage.get("name", "?")), []).append(stage)
-    columns = ("entered", "broken", "forwards", "backwards", "seconds")
-    return [{"name": n} | {c: _sum(s.get(c) for s in same) for c in columns} for n, same in by_name.items()]
-
-
-def summarize(manifest: Manifest, samples: pa.Table | None = None) -> Summary:
-    """Read a run's numbers; where the table is given and holds other samples than the totals, it decides."""
-    threat = dig(manifest, "identity", "threat")
-    eps, text = (
-        number(dig(threat, "eps")),
-        str(dig(threat, "text") or dig(threat, "norm") or "an unknown threat"),
-    )
-    confidence = number(dig(manifest, "totals", "interval", "confidence")) or 0.95
-    names = _names(manifest)
-    counted = _counted(manifest, samples, eps, confidence)
-    stages = _stages(manifest)
-    stale = bool(stages) and counted["n"] != (whole(dig(manifest, "totals", "n")) or 0)
+def summarize(manifest: Manifest) -> Summary:
+    """Read a run's numbers from its manifest, as :func:`read` returns it."""
+    threat, known = dig(manifest, "identity", "threat"), dig(manifest, "totals")
+    eps, text = _eps(manifest), str(dig(threat, "text") or dig(threat, "norm") or "an unknown threat")
+    confidence = number(dig(known, "interval", "confidence"))
+    confidence = confidence if confidence is not None and 0 < confidence < 1 else 0.95
     return Summary(
         model=str(dig(manifest, "model", "name") or dig(manifest, "model", "source") or "the model"),
         data=str(dig(manifest, "data", "name") or dig(manifest, "data", "source") or "the data"),
@@ -227,17 +178,26 @@ def summarize(manifest: Manifest, samples: pa.Table | None = None) -> Summary:
         threat=text,
         targeted=bool(dig(threat, "targeted")),
         complete=manifest.get("complete") is True,
+        n=max(0, whole(dig(known, "n")) or 0),
         planned=whole(dig(manifest, "data", "n")),
         confidence=confidence,
-        seconds=number(dig(manifest, "totals", "seconds")),
-        claimed=None if stale else whole(dig(manifest, "totals", "claimed")),
-        rejected=None if stale else whole(dig(manifest, "totals", "rejected")),
-        stages=() if stale else stages,
-        classes=_classes(manifest, samples, names, eps, confidence),
+        clean=_rate(known, "clean"),
+        robust=_rate(known, "robust") if eps is not None else Rate(),
+        certified=_rate(known, "certified"),
+        forwards=whole(dig(known, "passes", "forwards")),
+        backwards=whole(dig(known, "passes", "backwards")),
+        seconds=number(dig(known, "seconds")),
+        claimed=whole(dig(known, "claimed")),
+        rejected=whole(dig(known, "rejected")),
+        stages=_stages(known),
+        classes=tuple(_class(c, eps, confidence) for c in rows(dig(known, "per_class"))),
         findings=notes(manifest.get("findings")),
-        names=names,
-        **counted,
+        names=_names(manifest),
     )
+
+
+def _eps(manifest: Manifest) -> float | None:
+    return number(dig(manifest, "identity", "threat", "eps"))
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:
@@ -245,43 +205,15 @@ def _names(manifest: Manifest) -> tuple[str, ...]:
     return tuple(map(str, given)) if isinstance(given, list | tuple) else ()
 
 
-def _counted(manifest: Manifest, samples: pa.Table | None, eps: float | None, confidence: float) -> dict[str, Any]:
-    """Return n, the rates and the passes: of the totals, or of the table where those are not about it."""
-    totals = dig(manifest, "totals")
-    n, clean = whole(dig(totals, "n")), number(dig(totals, "clean_accuracy"))
-    if samples is not None and (n != len(samples) or (clean is None and n)):
-        return _recounted(samples, eps, confidence)
-    return {
-        "n": n or 0,
-        "clean": _rate(totals, "clean"),
-        "robust": _rate(totals, "robust") if eps is not None else Rate(),
-        "certified": _rate(totals, "certified"),
-        "forwards": whole(dig(totals, "passes", "forwards")),
-        "backwards": whole(dig(totals, "passes", "backwards")),
-    }
+def _rate(known: Any, what: str) -> Rate:
+    pair, value = dig(known, "interval", what), number(dig(known, f"{what}_accuracy"))
+    low, high = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
+    return Rate(value, number(low), number(high)) if whole(dig(known, "n")) else Rate()
 
 
-def _rate(totals: Any, what: str) -> Rate:
-    low, high = (dig(totals, "interval", what) or (None, None))[:2]
-    return Rate(number(dig(totals, f"{what}_accuracy")), number(low), number(high))
-
-
-def _recounted(samples: pa.Table, eps: float | None, confidence: float) -> dict[str, Any]:
-    n, status = len(samples), samples["status"].to_pylist()
-    proven = [c for c in samples["certified"].to_pylist() if c is not None]
-    return {
-        "n": n,
-        "clean": rate(n - status.count("misclassified"), n, confidence),
-        "robust": rate(status.count("robust"), n, confidence) if eps is not None else Rate(),
-        "certified": rate(sum(proven), n, confidence) if proven else Rate(),
-        "forwards": sum(samples["forwards"].to_pylist()),
-        "backwards": sum(samples["backwards"].to_pylist()),
-    }
-
-
-def _stages(manifest: Manifest) -> tuple[Stage, ...]:
-    n = whole(dig(manifest, "totals", "n"))
-    found = rows(dig(manifest, "totals", "stages"))
+def _stages(known: Any) -> tuple[Stage, ...]:
+    n = whole(dig(known, "n"))
+    found = rows(dig(known, "stages"))
     costs = [(whole(s.get("forwards")) or 0) + (whole(s.get("backwards")) or 0) for s in found]
     fallen, stages = 0, []
     for stage, cost in zip(found, costs, strict=True):
@@ -302,36 +234,21 @@ def _stages(manifest: Manifest) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _classes(
-    manifest: Manifest, samples: pa.Table | None, names: tuple[str, ...], eps: float | None, confidence: float
-) -> tuple[ClassRow, ...]:
-    """Count by class: from the table where it is given, otherwise as the totals say."""
-    if samples is None:
-        return tuple(
-            ClassRow(
-                number=whole(c.get("class")),
-                name=str(c.get("name") if c.get("name") is not None else c.get("class")),
-                n=whole(c.get("n")) or 0,
-                clean=Rate(number(c.get("clean"))),
-                robust=Rate(number(c.get("robust"))),
-            )
-            for c in rows(dig(manifest, "totals", "per_class"))
-        )
-    label, status = samples["label"].to_numpy(), np.asarray(samples["status"].to_pylist(), dtype=object)
-    counted = []
-    for c in np.unique(label).tolist():
-        of, n = status[label == c], int((label == c).sum())
-        right, robust = int((of != "misclassified").sum()), int((of == "robust").sum())
-        counted.append(
-            ClassRow(
-                number=c,
-                name=names[c] if 0 <= c < len(names) else str(c),
-                n=n,
-                clean=rate(right, n, confidence),
-                robust=rate(robust, n, confidence) if eps is not None else Rate(),
-            )
-        )
-    return tuple(counted)
+def _class(row: Mapping[str, Any], eps: float | None, confidence: float) -> ClassRow:
+    n, name = max(0, whole(row.get("n")) or 0), row.get("name")
+
+    def rate(share: float | None) -> Rate:
+        if share is None or not n or not 0 <= share <= 1:
+            return Rate()
+        return Rate(share, *exact_interval(round(share * n), n, confidence))
+
+    return ClassRow(
+        number=whole(row.get("class")),
+        name=str(row.get("class") if name is None else name),
+        n=n,
+        clean=rate(number(row.get("clean"))),
+        robust=rate(number(row.get("robust"))) if eps is not None else Rate(),
+    )
 
 
 _SEVERITY = {"error": 0, "warning": 1, "info": 2}

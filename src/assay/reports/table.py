@@ -9,25 +9,29 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from assay.reports.summary import Manifest, Rate, Summary, read, summarize
+from assay.reports.summary import Manifest, Rate, Summary, is_right, read, summarize
 from assay.reports.text import DASH, NORMS, count, duration, percent, plural, span
 from assay.runs import Run
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
-def verdict(manifest: Manifest, samples: pa.Table | None = None) -> str:
-    """Say in one plain sentence what the run found.
+def verdict(run: Run | Manifest) -> str:
+    """Say in one plain sentence what a run found, complete or not.
 
-    Args:
-        manifest: of the run, complete or not.
-        samples: the run's table; with it, a run without eps can say its median size.
+    Of a run without eps only the run itself tells its median size; its manifest does not.
 
     Example:
         >>> verdict({"complete": False})
         'This run of the model was interrupted before any sample was finished: there is no result.'
     """
-    return sentence(summarize(manifest, samples), samples)
+    return sentence(*_summary(run))
+
+
+def _summary(run: Run | Manifest) -> tuple[Summary, pa.Table | None]:
+    """Read a run with its table, or a manifest alone."""
+    manifest, samples = read(run) if isinstance(run, Run) else (run, None)
+    return summarize(manifest), samples
 
 
 def sentence(s: Summary, samples: pa.Table | None = None) -> str:
@@ -38,8 +42,13 @@ def sentence(s: Summary, samples: pa.Table | None = None) -> str:
     said = _measured(s, samples) if s.eps is None else _withstood(s)
     if s.complete:
         return said[0].upper() + said[1:]
+    return f"{interrupted(s)}: {said}"
+
+
+def interrupted(s: Summary) -> str:
+    """Say how far a run came that is not complete."""
     of = f" of {count(s.planned)}" if s.planned else ""
-    return f"Interrupted after {count(s.n)}{of} {s.noun}s: {said}"
+    return f"Interrupted after {count(s.n)}{of} {s.noun}s"
 
 
 def _withstood(s: Summary) -> str:
@@ -81,15 +90,13 @@ def _measured(s: Summary, samples: pa.Table | None) -> str:
 
 def median_size(samples: pa.Table) -> float | None:
     """Return the size that fools half of the right samples; ``inf`` where so many were not fooled."""
-    right = np.asarray(samples["status"].to_pylist(), dtype=object) != "misclassified"
-    sizes = np.sort(samples["size"].to_numpy()[right])
+    sizes = np.sort(samples["size"].to_numpy()[is_right(samples)])
     return float(sizes[(len(sizes) - 1) // 2]) if len(sizes) else None
 
 
 def print_run(run: Run | Manifest, console: Console) -> None:
     """Print a compact summary: the verdict, the rates, what it cost, the stages, the findings."""
-    manifest, samples = read(run) if isinstance(run, Run) else (run, None)
-    s = summarize(manifest, samples)
+    s, samples = _summary(run)
     console.print(Text(sentence(s, samples), style="bold"))
     console.print()
     console.print(Padding(_rates(s), (0, 0, 0, 2)))
@@ -141,7 +148,8 @@ def _stage_table(s: Summary) -> Table:
 
 def _print_findings(s: Summary, console: Console) -> None:
     if not s.findings:
-        console.print(Text("No findings: nothing was seen that makes these numbers doubtful.", style="dim"))
+        nothing = ": nothing was seen that makes these numbers doubtful" if s.complete else " so far"
+        console.print(Text(f"No findings{nothing}.", style="dim"))
     for note in s.findings:
         line = Text.assemble((note.severity, _COLOURS[note.severity]), " ", (note.code, "bold"), f"  {note.message}")
         console.print(line)
@@ -155,7 +163,7 @@ def compare_table(runs: Iterable[Run | Manifest]) -> Table:
     Runs are told apart by their folders where their models do not do it.
     """
     table, listed = _plain_table(), [*runs]
-    summaries = [summarize(*read(r)) if isinstance(r, Run) else summarize(r) for r in listed]
+    summaries = [_summary(run)[0] for run in listed]
     by_folder = len({s.model for s in summaries}) < len(listed)
     for head in ("run", "model", "threat") if by_folder else ("model", "threat"):
         table.add_column(head, overflow="fold", min_width=12)

@@ -1,7 +1,7 @@
 """Networks that a user's own function returns."""
 
 from assay.core.errors import ModelError
-from assay.data.named import call_named
+from assay.core.named import call_named
 from assay.models.loaders.request import Loaded, Request
 from assay.models.model import Model
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from assay.core.errors import ModelError
-from assay.data.named import call, call_named
+from assay.core.named import call, call_named
 from assay.models.loaders.request import Arch
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
