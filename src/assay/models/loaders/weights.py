@@ -44,7 +44,7 @@ def build(arch: Arch | None, source: str) -> nn.Module:
 
 
 def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
-    """Fill ``net`` with weights, strictly, and return it.
+    """Fill ``net`` with weights, strictly, and return it in eval mode, as it was just built for use.
 
     ``found`` may keep the weights under a usual name, and their names may have a usual prefix; either is
     taken off only where the names then are exactly those of ``net``.
@@ -65,7 +65,7 @@ def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as e:
         raise ModelError(f"the weights of {type(net).__name__}", f"{source}: {e}", "Give the right --arch.") from e
-    return net
+    return net.eval()
 
 
 def _states(found: Any, depth: int = 2) -> Iterator[dict[str, Any]]:
