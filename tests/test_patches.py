@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import assay
 from assay.models import Model
 
 
@@ -107,6 +108,22 @@ def test_a_net_that_cannot_be_traced_is_used_as_it_is():
         assert not any(isinstance(m, nn.BatchNorm2d) for m, _ in live.patches)
         assert not hasattr(net, "last_seen")
         assert torch.allclose(live(x), live.search(x), atol=1e-5)
+
+
+def test_a_net_that_notices_its_patches_is_evaluated_as_it_is():
+    class Watchful(Residual):
+        def forward(self, x):
+            return super().forward(x) * (0 if "forward" in vars(self.conv2) else 1)
+
+    net, x = randomised(Watchful()).eval(), torch.rand(16, 3, 12, 12)
+    with torch.no_grad():
+        net.head.bias -= net(x).mean(0)  # so that every class has its share
+    plain = randomised(Residual()).eval()
+    plain.load_state_dict(net.state_dict())
+    y = net(x).argmax(1)
+    one, two = (assay.evaluate(n, (x, y), "linf:0.2", "quick", progress=False) for n in (net, plain))
+    assert two.robust_accuracy < 0.7
+    assert abs(one.robust_accuracy - two.robust_accuracy) <= 1 / 16
 
 
 def test_a_forward_that_the_user_put_in_place_stays():

@@ -149,6 +149,8 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
             model = replace(model, samples=EOT_SAMPLES)
         else:
             findings += _batch_dependence(live, x, z)
+            with torch.no_grad():  # a network that notices when its layers are replaced is searched as it is
+                model = replace(model, tuned=not _differ(z, live.search(x)))
         if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
             findings.append(_PROBABILITIES)
             model = replace(model, probabilities=True)

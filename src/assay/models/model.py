@@ -40,7 +40,8 @@ class Model:
         probabilities: the net returns probabilities; their logarithm is used as logits.
         rows: the most rows a call of the net may have; None for no limit.
         fixed_rows: the net takes batches of exactly ``rows`` rows; shorter ones are filled up.
-        memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs.
+        memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs while searching.
+        tuned: while searching, layers may be replaced by faster ones that give the same values (``patches.py``).
 
     Raises:
         ModelError: std not positive, or only one of mean and std given.
@@ -56,6 +57,7 @@ class Model:
     rows: int | None = None
     fixed_rows: bool = False
     memory_format: torch.memory_format | str = "auto"
+    tuned: bool = True
 
     def __post_init__(self) -> None:
         if not callable(self.net):
@@ -102,11 +104,13 @@ class Model:
         with torch.inference_mode(False), torch.random.fork_rng(devices), _float32(target):
             try:
                 kept.freeze(target)
-                yield Live(self, target, layout, find_patches(kept.module, layout))
+                yield Live(self, target, layout, find_patches(kept.module, layout) if self.tuned else [])
             finally:
                 kept.restore()
 
     def _layout(self, module: nn.Module | None, device: torch.device) -> torch.memory_format:
+        if not self.tuned:
+            return torch.contiguous_format
         if isinstance(self.memory_format, torch.memory_format):
             return self.memory_format
         convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)] if module is not None else []
