@@ -155,6 +155,20 @@ def test_an_interrupted_run_is_a_valid_result_and_goes_on(whole, digits, tmp_pat
     assert rest.samples.equals(whole.samples)
 
 
+def test_an_interruption_right_after_a_batch_was_stored_keeps_that_batch(whole, digits, tmp_path, monkeypatch):
+    add = Run.add
+
+    def interrupted(self, *args):
+        add(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "add", interrupted)
+    first = run(digits, tmp_path / "run", batch_size=8)
+    assert not first.complete
+    assert first.samples.equals(whole.samples.slice(0, 8))
+    assert Run.read(tmp_path / "run").manifest["totals"]["n"] == 8
+
+
 def test_an_interruption_before_anything_is_stored_is_passed_on(digits, tmp_path):
     def stop(snapshot):
         raise KeyboardInterrupt

@@ -163,7 +163,7 @@ def _work(run: Run, job: Job, block: int, show: Progress, executor: Executor | N
             run.add(part.rows, part.adversarials, part.tally)
             watch.add(part.rows["status"])
     except KeyboardInterrupt:
-        if not watch.done:
+        if not run.done():  # what is on disk counts: the interruption may have come right after a batch was stored
             raise
         return False
     return True
