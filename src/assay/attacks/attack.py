@@ -141,9 +141,9 @@ def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSampl
 
 def _draw_in(p: Problem, x: Inputs) -> Inputs:
     """Shrink perturbations of round norms that exceed the radius by a rounding error."""
-    excess = exact_size(p.norm, x, p.x0) / p.radius.double().clamp_min(TINY)
     if p.norm.is_box or p.norm.name == "l0":
         return x
+    excess = exact_size(p.norm, x, p.x0) / p.radius.double().clamp_min(TINY)
     small = (excess > 1) & (excess < 1 + 1e-4)
     return choose(small, p.project(x), x)
 

@@ -96,7 +96,7 @@ def _coerce(value: Any, field: "dataclasses.Field[Any]", what: str) -> Any:
         except ValueError:
             pass
     else:
-        return field.metadata["parse"](value) if "parse" in field.metadata else value
+        return value
     raise UsageError(f"{type(default).__name__} for {what}", repr(value), f"For example {what}={default!r}.")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, final
 
 from assay.core.errors import DataError
+from assay.core.files import check_readable
 from assay.core.named import call_named
 from assay.core.registry import closest
 from assay.data.arrays import npz
@@ -102,15 +103,5 @@ def _load_text(source: str, limit: int | None, trust_pickle: bool) -> Data:
     if form not in FORMS:
         raise DataError(_FORMS_TEXT, f"the file {source!r}", "Convert it to one of these forms.")
     if form != "/":
-        _readable(path)
+        check_readable(path, DataError, "a file with samples", "Make it anew.", code="empty-data")
     return FORMS[form](Request(source, limit, trust_pickle))
-
-
-def _readable(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as e:
-        raise DataError("a file that can be read", f"{path}: {e.strerror}", "Check its permissions.") from e
-    if empty:
-        raise DataError("a file with samples", f"{path} has 0 bytes", "Make it anew.", code="empty-data")

@@ -7,8 +7,9 @@ Every stage attacks what the earlier ones left standing, cheapest first. The fig
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from assay.attacks import APGD, LOSSES, PGD, Restarts, Runnable, Square, Targets, describe_attack
+from assay.attacks import APGD, LOSSES, PGD, Bisect, Cascade, Restarts, Runnable, Square, Targets, describe_attack
 from assay.core.errors import ThreatError
+from assay.threats import Threat
 
 _MARGIN, _DLR = LOSSES["margin"], LOSSES["dlr"]
 
@@ -57,8 +58,8 @@ EFFORTS: Final[dict[str, tuple[Stage, ...]]] = {
 }
 
 
-def stages_for(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
-    """Return the cascade of an effort for a norm.
+def stages_for(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
+    """Return the cascade of an effort for a threat; without an eps, a bisection over its first stages.
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
     gets a larger budget; where there are no others, it is alone.
@@ -66,8 +67,17 @@ def stages_for(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
     Raises:
         ThreatError: a norm that no cascade exists for.
     """
+    norm = threat.norm.name
     if norm not in _NORMS:
         raise ThreatError(f"one of {', '.join(_NORMS)} to evaluate", norm, "Attacks for other norms come later.")
+    stages = _with_scores(effort, norm, blind)
+    if threat.eps is not None:
+        return stages
+    repeated = {"pgd-margin", "apgd-ce"} | ({"square"} if blind else set())
+    return (Stage("bisect", Bisect(Cascade(tuple(s.attack for s in stages if s.name in repeated)))),)
+
+
+def _with_scores(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
     gradient = tuple(s for s in EFFORTS[effort] if s.name != "square")
     if norm not in Square.norms:
         return gradient

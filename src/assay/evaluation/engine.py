@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from assay.attacks import Bisect, Cascade
 from assay.core.errors import ThreatError
 from assay.core.executor import Executor, serial
 from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, closest
 from assay.data import load_data
 from assay.evaluation.block import Job, run_block
-from assay.evaluation.efforts import EFFORTS, Stage, stages_for
+from assay.evaluation.efforts import EFFORTS, stages_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.preflight import check_data, check_model
 from assay.evaluation.result import Evaluation
@@ -94,7 +93,7 @@ def evaluate(
     threat = threat.within(model.domain, int(np.prod(data.shape)))
     checked = check_model(model, data, threat, device)
     findings += checked.findings
-    job = Job(checked.model, data, threat, _stages(effort, threat, checked.blind), seed, device)
+    job = Job(checked.model, data, threat, stages_for(effort, threat, checked.blind), seed, device)
     manifest = new_manifest(job, mark, effort, checked.classes, findings, command)
     passing = None if out is not None else mkdtemp(prefix="assay-")
     run = Run.start(passing or str(out), manifest, resume=resume)
@@ -126,14 +125,6 @@ def _check_request(effort: str, prove: str | None, counts: Mapping[str, int | No
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{name} of at least 1", str(count), "Leave it out for the default.")
-
-
-def _stages(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
-    stages = stages_for(effort, threat.norm.name, blind)
-    if threat.eps is not None:
-        return stages
-    repeated = {"pgd-margin", "apgd-ce"} | ({"square"} if blind else set())
-    return (Stage("bisect", Bisect(Cascade(tuple(s.attack for s in stages if s.name in repeated)))),)
 
 
 @contextlib.contextmanager

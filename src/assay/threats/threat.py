@@ -2,11 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from assay.core.errors import ThreatError
-from assay.core.types import Inputs
 from assay.threats.norms import NORMS, Norm
 
 
@@ -25,9 +24,6 @@ class Box:
     @property
     def width(self) -> float:
         return self.hi - self.lo
-
-    def clip(self, x: Inputs) -> Inputs:
-        return x.clamp(self.lo, self.hi)
 
 
 @final
@@ -104,7 +100,7 @@ class Threat:
             raise ThreatError(f"the model's {box}", f"the threat's {self.box}", "Give the box once, with the model.")
         most = self.norm.diameter(box.width, features)
         if self.eps is None or self.eps <= most * (1 + 1e-9):
-            return replace_box(self, box)
+            return replace(self, box=box)
         if self.norm.name == "linf" and self.eps == round(self.eps) and self.eps / 255 <= box.width <= 1:
             raise ThreatError(
                 f"eps in units of the box [{box.lo:g}, {box.hi:g}]",
@@ -118,11 +114,6 @@ class Threat:
             "Give eps in units of the box, or the box that the data is in (--box).",
             code="eps-wider-than-box",
         )
-
-
-def replace_box(threat: Threat, box: Box) -> Threat:
-    """Return the threat with this box."""
-    return Threat(threat.norm, threat.eps, box, threat.targeted)
 
 
 def show_eps(eps: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from assay.core.errors import ModelError
+from assay.core.files import check_readable
 from assay.models.loaders.request import Arch, Loaded, Request
 from assay.models.model import Model
 from assay.threats.threat import Box
@@ -94,18 +95,8 @@ def _form(source: str) -> tuple[str, str]:
     if path.is_dir() or key not in FORMS:
         what = "folder" if path.is_dir() else "file"
         raise ModelError(_FORMS_TEXT, f"the {what} {source!r}", "Save the model in one of these forms.")
-    _readable(path)
+    check_readable(path, ModelError, "a model file", "Save or copy it anew.")
     return key, source
-
-
-def _readable(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as e:
-        raise ModelError("a file that can be read", f"{path}: {e.strerror}", "Check its permissions.") from e
-    if empty:
-        raise ModelError("a model file", f"{path} has 0 bytes", "Save or copy it anew.")
 
 
 def _settled(
