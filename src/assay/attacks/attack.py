@@ -15,7 +15,7 @@ from assay.models.door import Door
 from assay.models.model import Model
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem, exact_size
-from assay.threats.threat import Box, Threat
+from assay.threats.threat import Box, Threat, outside_box
 
 
 @final
@@ -169,14 +169,8 @@ def _check(x: Inputs, y: Labels) -> None:
 def _check_inside(x: Inputs, box: Box) -> None:
     outside = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
     if outside.any():
-        raise DataError(
-            f"inputs inside the box [{box.lo:g}, {box.hi:g}]",
-            f"values from {float(x.min()):g} to {float(x.max()):g}, "
-            f"{int(outside.sum())} of {len(x)} samples outside (first: {int(outside.nonzero()[0])})",
-            "If they are normalised, pass them as they were before and give mean and std to assay.Model; "
-            "if they are 0..255, divide by 255 or set the model's box.",
-            code="input-outside-box",
-        )
+        rows = outside.nonzero()[:, 0].tolist()
+        raise outside_box(box, (float(x.min()), float(x.max())), rows, len(x))
 
 
 def needs_eps(p: Problem, what: str) -> None:

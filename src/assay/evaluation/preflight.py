@@ -14,6 +14,7 @@ from assay.data import Data
 from assay.evaluation.finding import Finding, Severity
 from assay.models import Door, Live, Model
 from assay.threats import Box, Problem, Threat
+from assay.threats.threat import outside_box
 
 PROBE = 64
 """Samples whose logits and gradients the model's checks look at."""
@@ -67,23 +68,8 @@ def check_data(data: Data, box: Box) -> list[Finding]:
             seen.add(key)
         start += len(x)
     if outside:
-        raise DataError(
-            f"inputs inside the box [{box.lo:g}, {box.hi:g}]",
-            f"values from {low:g} to {high:g} in {data.source}, {len(outside)} of {len(data)} samples outside "
-            f"(first: sample {outside[0]})",
-            _unit_hint(low, high),
-            code="input-outside-box",
-        )
+        raise outside_box(box, (low, high), outside, len(data), f" in {data.source}")
     return list(_duplicates(twice, len(data)))
-
-
-def _unit_hint(low: float, high: float) -> str:
-    if low >= 0 and high <= 255 and high > 2:
-        return "These look like 0..255: divide them by 255, or say so with --box 0 255 (and give eps in those units)."
-    return (
-        "If they are normalised, pass them as they were before, and give --mean and --std (assay.Model(mean, std)); "
-        "if this is their natural range, give it with --box."
-    )
 
 
 def _duplicates(twice: int, n: int) -> Iterator[Finding]:

@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from assay.core.errors import ThreatError
+from assay.core.errors import DataError, ThreatError
 from assay.threats.norms import NORMS, Norm
 
 
@@ -24,6 +25,26 @@ class Box:
     @property
     def width(self) -> float:
         return self.hi - self.lo
+
+
+def outside_box(box: Box, found: tuple[float, float], rows: Sequence[int], n: int, where: str = "") -> DataError:
+    """Return the error about samples ``rows``, of n with values from ``found[0]`` to ``found[1]``, outside the box."""
+    low, high = found
+    return DataError(
+        f"inputs inside the box [{box.lo:g}, {box.hi:g}]",
+        f"values from {low:g} to {high:g}{where}, {len(rows)} of {n} samples outside (first: {rows[0]})",
+        _unit_hint(low, high),
+        code="input-outside-box",
+    )
+
+
+def _unit_hint(low: float, high: float) -> str:
+    if low >= 0 and high <= 255 and high > 2:
+        return "These look like 0..255: divide them by 255, or say so with --box 0 255 (and give eps in those units)."
+    return (
+        "If they are normalised, pass them as they were before, and give --mean and --std (assay.Model(mean, std)); "
+        "if this is their natural range, give it with --box."
+    )
 
 
 @final
