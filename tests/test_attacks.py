@@ -35,7 +35,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 VARIANTS: list[Runnable] = [
     APGD(steps=15, loss=dlr),
-    PGD(steps=15, decay="cosine", momentum=0.75, rel_step=1.0, random_start=False, loss=margin),
+    PGD(steps=15, decay="cosine", momentum=0.75, rel_step=1.0, start="clean", loss=margin),
 ]
 
 
@@ -542,9 +542,7 @@ def test_threats_that_an_attack_is_not_made_for_are_refused() -> None:
 def test_attacks_are_found_by_what_they_need_and_built_from_text() -> None:
     assert attacks.names(norm="l1", access="gradient", kind="budget") == ("apgd", "fgsm", "pgd", "targeted-ascent")
     assert attacks.names(access="score") == ("square",)
-    assert attacks.get("pgd", steps="7", rel_step="0.5", random_start="no") == PGD(
-        steps=7, rel_step=0.5, random_start=False
-    )
+    assert attacks.get("pgd", steps="7", rel_step="0.5", start="clean") == PGD(steps=7, rel_step=0.5, start="clean")
     assert attacks.get("apgd", loss="dlr") == APGD(loss=dlr)
     for name, params, says in (
         ("pdg", {}, "Did you mean 'pgd'"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from assay.core.errors import DataError, ThreatError
 from assay.core.random import Draws
+from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Mask, PerSample, choose
 from assay.models.door import Door
 from assay.models.model import Model
@@ -80,10 +81,12 @@ class Runnable(ABC):
         full: bool = False,
         indices: Tensor | None = None,
         device: torch.device | str | None = None,
+        max_passes: int | None = None,
     ) -> Result:
         """Attack inputs x (b, *f), inside the box, with labels y (b,), the wanted ones when the threat is targeted.
 
-        Every success is verified: a fresh forward pass, and box and ball measured again in float64.
+        Every success is verified: a fresh forward pass, and box and ball measured again in float64; with
+        ``threat.quantize``, of a point that is exactly what saving and reading gives.
 
         Args:
             model: an :class:`assay.Model`, or a network that takes inputs in [0, 1].
@@ -94,6 +97,8 @@ class Runnable(ABC):
             indices: (b,) of the samples in their data; None for their positions in x.
             full: take all steps, also after a sample has fallen, and return the strongest point instead of the first.
             device: where to run; None for where the model's parameters are.
+            max_passes: the most forward and backward passes, together, that a sample may cost, verification included;
+                the best point so far is returned when they are spent. None for no limit.
 
         Raises:
             DataError: labels or inputs that do not fit, inputs outside the box.
@@ -103,6 +108,8 @@ class Runnable(ABC):
         model = model if isinstance(model, Model) else Model(model)
         threat = Threat.parse(threat) if isinstance(threat, str) else threat
         _check(x, y)
+        if max_passes is not None and max_passes < 1:
+            raise UsageError("max_passes >= 1", f"{max_passes}", "Or none, for no limit.")
         threat = threat.within(model.domain, x[0].numel())
         _check_inside(x, threat.box or Box())
         with model.frozen(device) as live:
@@ -110,7 +117,8 @@ class Runnable(ABC):
             door = Door(live, len(x))
             keys = torch.arange(len(x)) if indices is None else indices
             p = Problem.pose(x0, y.to(live.device).long().clone(), threat, Draws.of(seed, keys.to(live.device)))
-            out = self.run(door, p, full=full)
+            with door.limited(None if max_passes is None else max_passes - live.model.samples):  # one to verify
+                out = self.run(door, p, full=full)
             # Posed anew: what an attack did to its own copy of the problem must not decide whether it succeeded.
             truth = Problem.pose(x.detach().to(live.device).contiguous(), y.to(live.device).long(), threat, p.draws)
             found, points, size = verify(door, truth, out)
@@ -132,6 +140,7 @@ def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSampl
     x = _draw_in(q, out.x[claimed])
     inside = ((x >= q.box.lo) & (x <= q.box.hi)).flatten(1).all(1)
     inside &= exact_size(q.norm, x, q.x0) <= q.radius.double()
+    inside &= (x == q.snap(x)).flatten(1).all(1)
     x = choose(inside, x, q.x0)  # a point that is not allowed is not shown to anybody
     holds = inside & door.decide(x, q).success
     points = out.x.index_copy(0, claimed, x)
@@ -141,7 +150,7 @@ def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSampl
 
 def _draw_in(p: Problem, x: Inputs) -> Inputs:
     """Shrink perturbations of round norms that exceed the radius by a rounding error."""
-    if p.norm.is_box or p.norm.name == "l0":
+    if p.norm.is_box or p.norm.name == "l0" or p.levels is not None:
         return x
     excess = exact_size(p.norm, x, p.x0) / p.radius.double().clamp_min(TINY)
     small = (excess > 1) & (excess < 1 + 1e-4)

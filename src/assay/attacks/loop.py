@@ -8,9 +8,9 @@ from torch import Tensor
 
 from assay.attacks.attack import Outcome, Runnable, needs_eps
 from assay.core.errors import AssayError, ThreatError
-from assay.core.types import Inputs, Mask, PerSample, Rows, choose
-from assay.models.door import Decision, Door, Gradient, Loss, Score
-from assay.threats.problem import Problem
+from assay.core.types import Inputs, Logits, Mask, PerSample, Rows, choose
+from assay.models.door import Decision, Door, Gradient, Loss, Score, Slopes
+from assay.threats.problem import Goal, Problem
 
 
 @runtime_checkable
@@ -38,12 +38,20 @@ class StepAttack(Runnable, Generic[S, E]):
     """Hyper-parameters and two pure functions, ``init`` and ``update``; a subclass is final.
 
     ``norms`` are those that the attack is defined for, ``any_size`` says that it works without an eps.
+    ``minimal`` says that it looks for ever smaller perturbations: it gets a problem that only the box bounds, whatever
+    the eps, and goes on after a success where there is no eps.
     """
 
     __slots__ = ()
     norms: ClassVar[tuple[str, ...]]
     any_size: ClassVar[bool] = False
+    minimal: ClassVar[bool] = False
     steps: int
+
+    @property
+    def questions(self) -> int:
+        """The number of queries, but for a last one that needs no gradient."""
+        return self.steps
 
     @abstractmethod
     def init(self, p: Problem) -> S:
@@ -54,36 +62,54 @@ class StepAttack(Runnable, Generic[S, E]):
         """Return the state after query ``k`` (0, 1, ...) of ``s.x`` was answered by ``e``."""
 
     @abstractmethod
-    def query(self, door: Door, x: Inputs, p: Problem) -> E:
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> E:
         """Ask what this kind of attack may ask."""
 
     @abstractmethod
     def rank(self, e: E) -> PerSample:
         """Return how good a point is, as far as this kind of attack can tell; among equals the first wins."""
 
-    def last(self, door: Door, x: Inputs, p: Problem) -> E:
-        """Ask about the last point, of which no gradient is needed."""
-        return self.query(door, x, p)
+    def done(self, s: S) -> Mask | None:
+        """Tell which samples need no more queries (b,); None stands for no sample."""
+        return None
 
     @final
     def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
         self._fits(p)
         out, live = Outcome.nothing(p), torch.arange(len(p), device=p.x0.device)
-        s, best = self.init(p), Best.nothing(p)
-        for k in range(self.steps + 1):
-            e = self.query(door, s.x, p) if k < self.steps else self.last(door, s.x, p)
-            best = best.or_better(p, s.x, e.success, self.rank(e))
-            going = ~best.success
-            if not full and not going.all():
-                fallen, rows = best.success.nonzero()[:, 0], going.nonzero()[:, 0]
-                out = out.updated(live[fallen], best.take(fallen).outcome(), by=0)
-                live, p, best = live[rows], p.take(rows), best.take(rows)
-                s, e = _take(s, rows), e.take(rows)  # type: ignore[assignment]
-                if not len(live):
+        q = p.unbounded() if self.minimal else p
+        s, best = self.init(q), Best.nothing(p)
+        on = full or (self.minimal and p.minimal)  # after a success
+        for k in range(self.questions + 1):
+            x = p.snap(s.x)
+            e = self.query(door, x, q, k)
+            best = best.or_better(p, x, e.success, self.rank(e), smallest=self.minimal or p.minimal)
+            if k == self.questions:
+                break
+            going = self._going(door, q, s, best, k, on=on)
+            if going is not None:
+                left, rows = (~going).nonzero()[:, 0], going.nonzero()[:, 0]
+                out = out.updated(live[left], best.take(left).outcome(), by=0)
+                if not len(rows):
                     return out
-            if k < self.steps:
-                s = self.update(p, s, e, k)
+                live, p, q, best = live[rows], p.take(rows), q.take(rows), best.take(rows)
+                s, e = _take(s, rows), e.take(rows)  # type: ignore[assignment]
+            s = self.update(q, s, e, k)
         return out.updated(live, best.outcome(), by=0)
+
+    def _going(self, door: Door, p: Problem, s: S, best: "Best", k: int, *, on: bool) -> Mask | None:
+        """Tell which samples go on after query k; None stands for all."""
+        stops = [] if on else [best.success]
+        if (done := self.done(s)) is not None:
+            stops.append(done)
+        if (can := door.affords(p.rows, self.cost(k + 1))) is not None:
+            stops.append(~can)
+        stop = torch.stack(stops).any(0) if stops else None
+        return ~stop if stop is not None and stop.any() else None
+
+    def cost(self, k: int) -> int:
+        """Return the number of passes that query k costs a sample."""
+        return 1
 
     def _fits(self, p: Problem) -> None:
         what = type(self).__name__
@@ -96,23 +122,60 @@ class StepAttack(Runnable, Generic[S, E]):
 
 
 class GradientAttack(StepAttack[S, Gradient]):
-    """An attack that sees the gradient of its ``loss``."""
+    """An attack that sees the gradient of its ``loss``, at the queries for which ``differentiates`` says so."""
 
     __slots__ = ()
     loss: Loss
 
-    @final
-    def query(self, door: Door, x: Inputs, p: Problem) -> Gradient:
-        return door.gradient(x, p, self.loss)
+    def differentiates(self, k: int) -> bool:
+        """Tell whether query k needs a gradient; where it does not, zeros stand for it."""
+        return k < self.questions
 
-    @final
-    def last(self, door: Door, x: Inputs, p: Problem) -> Gradient:
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
+        if self.differentiates(k):
+            return door.gradient(x, p, self.loss)
         e = door.score(x, p, self.loss)
         return Gradient(e.success, e.loss, e.logits, torch.zeros_like(x))
 
     @final
     def rank(self, e: Gradient) -> PerSample:
         return e.loss
+
+    def cost(self, k: int) -> int:
+        return 2 if self.differentiates(k) else 1
+
+
+class SlopesAttack(StepAttack[S, Slopes]):
+    """An attack that sees the gradients of several functions of the logits, its ``measure``, at every query."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def measure(self, logits: Logits, goal: Goal) -> Tensor:
+        """Return the functions (b, m) whose gradients are wanted; the largest grows as the goal is approached."""
+
+    @property
+    @abstractmethod
+    def functions(self) -> int:
+        """The largest m that ``measure`` returns: each costs a backward pass."""
+
+    def differentiates(self, k: int) -> bool:
+        """Tell whether query k needs gradients; where it does not, zeros stand for them."""
+        return k < self.questions
+
+    @final
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Slopes:
+        if self.differentiates(k):
+            return door.slopes(x, p, self.measure, self.functions)
+        e = door.score(x, p, lambda z, goal: self.measure(z, goal).amax(1))
+        return Slopes(e.success, e.logits, e.loss[:, None], torch.zeros_like(x)[:, None])
+
+    @final
+    def rank(self, e: Slopes) -> PerSample:
+        return e.values.amax(1)
+
+    def cost(self, k: int) -> int:
+        return 1 + self.functions if self.differentiates(k) else 1
 
 
 class ScoreAttack(StepAttack[S, Score]):
@@ -122,7 +185,7 @@ class ScoreAttack(StepAttack[S, Score]):
     loss: Loss
 
     @final
-    def query(self, door: Door, x: Inputs, p: Problem) -> Score:
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Score:
         return door.score(x, p, self.loss)
 
     @final
@@ -136,7 +199,7 @@ class DecisionAttack(StepAttack[S, Decision]):
     __slots__ = ()
 
     @final
-    def query(self, door: Door, x: Inputs, p: Problem) -> Decision:
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Decision:
         return door.decide(x, p)
 
     @final
@@ -159,10 +222,10 @@ class Best(NamedTuple):
         low = p.full(-torch.inf)
         return cls(p.x0, torch.zeros_like(low, dtype=torch.bool), low)
 
-    def or_better(self, p: Problem, x: Inputs, success: Mask, rank: PerSample) -> "Best":
+    def or_better(self, p: Problem, x: Inputs, success: Mask, rank: PerSample, *, smallest: bool) -> "Best":
         allowed = p.allows(x)
         success = success & allowed
-        rank = torch.where(success, -p.size(x), -torch.inf) if p.minimal else rank.to(x.dtype)
+        rank = torch.where(success, -p.size(x), -torch.inf) if smallest else rank.to(x.dtype)
         better = allowed & ((success & ~self.success) | ((success == self.success) & (rank > self.rank)))
         if better.all():
             return Best(x, success, rank)
@@ -176,5 +239,6 @@ class Best(NamedTuple):
 
 
 def _take(state: S, rows: Rows) -> S:
-    tensors: tuple[Tensor, ...] = tuple(v[rows] for v in state)  # type: ignore[attr-defined]
-    return type(state)(*tensors)
+    """Return the state of some samples; parts of a state may be states."""
+    parts = (v[rows] if isinstance(v, Tensor) else _take(v, rows) for v in state)  # type: ignore[attr-defined]
+    return type(state)(*parts)

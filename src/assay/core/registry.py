@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from assay.core.errors import AssayError
@@ -20,6 +20,16 @@ def closest(name: str, known: list[str]) -> str:
     """Return a hint: the most similar known name, and all of them."""
     near = difflib.get_close_matches(name, known, 1)
     return (f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(sorted(known))}."
+
+
+def one_of(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        UsageError: naming the most similar known one.
+    """
+    if value not in known:
+        raise UsageError(f"{what} out of {', '.join(known)}", repr(value), closest(value, [*known]))
 
 
 class Registry(Generic[T]):

@@ -1,6 +1,6 @@
 """The one door to a model: wrapping, freezing and restoring it, counting what it is asked, and loading its files."""
 
-from assay.models.door import Decision, Door, Gradient, Loss, Score
+from assay.models.door import Decision, Door, Gradient, Loss, Measure, Score, Slopes
 from assay.models.model import Live, Model
 
-__all__ = ["Decision", "Door", "Gradient", "Live", "Loss", "Model", "Score"]
+__all__ = ["Decision", "Door", "Gradient", "Live", "Loss", "Measure", "Model", "Score", "Slopes"]

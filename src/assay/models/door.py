@@ -1,7 +1,9 @@
 """The only door between an attack and a model: it counts, differentiates, checks, splits, and leaves no trace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, final
 
 import torch
@@ -14,6 +16,12 @@ from assay.threats.problem import Goal, Problem
 
 Loss: TypeAlias = Callable[[Logits, Goal], PerSample]
 """What an attack ascends: from logits (b, c) and the goal to one number a sample."""
+
+Measure: TypeAlias = Callable[[Logits, Goal], Tensor]
+"""Several functions of the logits at once: from logits (b, c) and the goal to (b, m)."""
+
+Through: TypeAlias = Callable[[Inputs, Rows], Inputs]
+"""A differentiable step before the model: from points (r, *f) and their positions in the batch to points (r, *f)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,19 @@ class Gradient:
         return Gradient(self.success[rows], self.loss[rows], self.logits[rows], self.grad[rows])
 
 
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """What a query tells an attack that asks for the gradients of several functions of the logits at once."""
+
+    success: Mask
+    logits: Logits
+    values: Tensor  # (b, m)
+    slopes: Tensor  # (b, m, *f): d values / d x
+
+    def take(self, rows: Rows) -> "Slopes":
+        return Slopes(self.success[rows], self.logits[rows], self.values[rows], self.slopes[rows])
+
+
 @final
 class Door:
     """Asks a frozen model about samples numbered 0 .. n - 1, and counts every pass of each.
@@ -77,53 +98,111 @@ class Door:
         self.backwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.differentiable = True
         self._rows = live.model.rows
+        self._limit: int | None = None
+        self._classes = 2  # until a first answer tells
         self._listen = listen
         self._indices = torch.arange(n) if indices is None else indices.cpu()  # how errors call the samples
 
+    @contextmanager
+    def limited(self, passes: int | None) -> Iterator[None]:
+        """Let no sample spend more than ``passes``, forwards and backwards together; None lifts the limit.
+
+        A question that a sample cannot pay for is not asked: it gets no success, and zero for all numbers.
+        """
+        kept, self._limit = self._limit, passes
+        try:
+            yield
+        finally:
+            self._limit = kept
+
+    def affords(self, rows: Rows, cost: int) -> Mask | None:
+        """Tell which samples can pay for a question of ``cost`` passes; None stands for all."""
+        if self._limit is None:
+            return None
+        can = (self.forwards + self.backwards)[rows] + cost * self.live.model.samples <= self._limit
+        return None if can.all() else can
+
     def logits(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
-        with torch.no_grad():
-            return self._ask(self.live, x, rows)
+        return self._ask(self.live, x, rows)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
+        can = self.affords(p.rows, 1)
         z = self.logits(x, p.rows)
         self._check_labels(p.goal, z)
-        return Decision(p.goal.reached(z), z.argmax(1))
+        reached = p.goal.reached(z)
+        return Decision(reached if can is None else reached & can, z.argmax(1))
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
-        with torch.no_grad():
-            z = self._ask(self.live.search, x, p.rows)
+        z = self._ask(self.live.search, x, p.rows)
         self._check_labels(p.goal, z)
         return Score(p.goal.clearly_reached(z), loss(z, p.goal).to(x.dtype), z)
 
     def _ask(self, net: Net, x: Inputs, rows: Rows) -> Logits:
-        parts = self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
-        self._count(rows, backward=False)
-        logits: Logits = torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
-        return logits
+        def ask(x: Inputs, rows: Rows) -> list[tuple[Tensor, ...]]:
+            with torch.no_grad():
+                return self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
 
-    def gradient(self, x: Inputs, p: Problem, loss: Loss) -> Gradient:
-        """Return logits, loss and input gradient at x; a model without a gradient gives zero."""
+        can = self.affords(rows, 1)
+        if can is None:
+            self._count(rows, 0)
+            return _joined(ask(x, rows))[0]
+        at = can.nonzero()[:, 0]
+        self._count(rows[at], 0)
+        z = _joined(ask(x[at], rows[at]))[0] if len(at) else x.new_zeros(0, self._classes)
+        return _spread(z, at, len(x))
+
+    def gradient(self, x: Inputs, p: Problem, loss: Loss, through: Through | None = None) -> Gradient:
+        """Return logits, loss and input gradient at x; a model without a gradient gives zero.
+
+        With ``through``, the model is asked about ``through(x)``; the gradient is that with respect to x all the same.
+        """
+        e = self.slopes(x, p, lambda z, goal: loss(z, goal)[:, None], 1, through)
+        return Gradient(e.success, e.values[:, 0], e.logits, e.slopes[:, 0])
+
+    def slopes(self, x: Inputs, p: Problem, measure: Measure, most: int, through: Through | None = None) -> Slopes:
+        """Return the m <= ``most`` values (b, m) of a measure and their gradients (b, m, *f), in m backward passes."""
+        can = self.affords(p.rows, 1 + most)
+        if can is not None:
+            at = can.nonzero()[:, 0]
+            shapes = ((self._classes,), (most,), (most, *x.shape[1:]))
+            blank = Slopes(can[at], *(x.new_zeros(0, *shape) for shape in shapes))
+            part = None if through is None else lambda v, rows: through(v, at[rows])
+            e = self.slopes(x[at], p.take(at), measure, most, part) if len(at) else blank
+            return Slopes(*(_spread(v, at, len(x)) for v in (e.success, e.logits, e.values, e.slopes)))
         with torch.enable_grad():
-            parts = self._split(x, lambda part, at: self._differentiate(part, p.rows[at], p.goal.take(at), loss))
-        self._count(p.rows, backward=True)
-        z, value, grad = (torch.cat(v) if len(parts) > 1 else v[0] for v in zip(*parts, strict=True))
-        return Gradient(p.goal.clearly_reached(z), value.to(x.dtype), z, grad)
+            ask = partial(self._differentiate, p=p, measure=measure, through=through)
+            z, values, slopes = _joined(self._split(x, ask))
+        self._count(p.rows, values.shape[1])
+        return Slopes(p.goal.clearly_reached(z), z, values.to(x.dtype), slopes)
 
-    def _differentiate(self, x: Inputs, rows: Rows, goal: Goal, loss: Loss) -> tuple[Tensor, ...]:
+    def _differentiate(
+        self, x: Inputs, at: slice, p: Problem, measure: Measure, through: Through | None
+    ) -> tuple[Tensor, ...]:
+        rows, goal = p.rows[at], p.goal.take(at)
         n = len(rows)
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        z = self._forward(self.live.search, x, rows)
+        seen = (
+            x
+            if through is None
+            else torch.cat([through(x[:n], torch.arange(at.start, at.stop, device=x.device)), x[n:]])
+        )
+        z = self._forward(self.live.search, seen, rows)
         self._check_labels(goal, z)
-        value = loss(z, goal)
-        if not value.requires_grad:
+        values = measure(z, goal)
+        m = values.shape[1]
+        if not values.requires_grad:
             self.differentiable = False
-            return z, value, torch.zeros_like(x[:n])
+            return z, values, torch.zeros_like(x[:n])[:, None].expand(-1, m, *x.shape[1:])
         # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
-        grad: Tensor | None = torch.autograd.grad(value.sum(), x, allow_unused=True)[0]
+        slopes = [self._grad(values[:, i].sum(), x, last=i == m - 1)[:n].contiguous().nan_to_num(0.0) for i in range(m)]
+        return z.detach(), values.detach(), slopes[0][:, None] if m == 1 else torch.stack(slopes, 1)
+
+    def _grad(self, value: Tensor, x: Inputs, *, last: bool) -> Inputs:
+        grad: Tensor | None = torch.autograd.grad(value, x, allow_unused=True, retain_graph=not last)[0]
         if grad is None:
             self.differentiable, grad = False, torch.zeros_like(x)
-        return z.detach(), value.detach(), grad[:n].contiguous().nan_to_num(0.0)
+        return grad
 
     def _split(self, x: Inputs, ask: Callable[[Inputs, slice], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         """Ask about x in pieces of at most ``rows`` rows, each filled up; in smaller ones when memory runs out."""
@@ -181,7 +260,7 @@ class Door:
                 "For a single-output binary classifier return torch.cat([-z, z], 1).",
                 code="bad-logits",
             )
-        z = z[: len(rows)]
+        z, self._classes = z[: len(rows)], z.shape[1]
         if not torch.isfinite(z).all():
             bad = self._indices[rows[(~torch.isfinite(z)).any(1)].cpu()]
             raise NonFiniteError(
@@ -202,10 +281,21 @@ class Door:
                     code="bad-logits",
                 )
 
-    def _count(self, rows: Rows, *, backward: bool) -> None:
-        passes = torch.full_like(rows, self.live.model.samples)
-        self.forwards.index_add_(0, rows, passes)
-        if backward:
-            self.backwards.index_add_(0, rows, passes)
+    def _count(self, rows: Rows, backwards: int) -> None:
+        """Count one forward and some backward passes for each of these samples."""
+        each = self.live.model.samples
+        self.forwards.index_add_(0, rows, torch.full_like(rows, each))
+        if backwards:
+            self.backwards.index_add_(0, rows, torch.full_like(rows, each * backwards))
         if self._listen:
-            self._listen(len(rows) * self.live.model.samples * (1 + backward))
+            self._listen(len(rows) * each * (1 + backwards))
+
+
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Put the answers about the pieces of a batch together."""
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(v) for v in zip(*parts, strict=True))
+
+
+def _spread(values: Tensor, at: Rows, n: int) -> Tensor:
+    """Return values (n, ...) with those given in the rows ``at``, and zero elsewhere."""
+    return values.new_zeros(n, *values.shape[1:]).index_copy(0, at, values)

@@ -1,5 +1,6 @@
 """One batch to attack: all that an attack may look at besides the model's answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor
 
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows, per_sample
-from assay.threats.norms import Norm
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows, choose, per_sample
+from assay.threats.norms import TINY, Norm
 from assay.threats.threat import Box, Threat
 
 _INSIDE = 1 - 1e-6
@@ -18,16 +19,22 @@ _ROUNDING = 2e-6
 """Share of the larger of two logits by which float32 networks may differ between batches, kernels and machines."""
 
 
+STARTS = ("uniform", "sphere", "clean")
+"""Where attacks can start; see :meth:`Problem.start`."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Goal:
     """What counts as success: to leave ``label``, or, where there is no label, to reach ``target``.
 
     With both, success is to leave ``label``; ``target`` is the class by way of which the loss tries it.
+    ``weights`` (b, c) is a direction in output space, for the loss ``along`` that climbs in it.
     """
 
     label: Labels | None
     target: Labels | None = None
+    weights: Logits | None = None
 
     def reached(self, logits: Logits) -> Mask:
         guess = logits.argmax(1)
@@ -46,7 +53,7 @@ class Goal:
         return ahead > _ROUNDING * torch.maximum(mine.abs(), rival.abs())
 
     def take(self, rows: Rows | slice) -> "Goal":
-        return Goal(*(None if v is None else v[rows] for v in (self.label, self.target)))
+        return Goal(*(None if v is None else v[rows] for v in (self.label, self.target, self.weights)))
 
 
 @final
@@ -68,6 +75,8 @@ class Problem:
     upper: Inputs
     draws: Draws
     rows: Rows
+    levels: int | None = None  # allowed points are multiples of width / levels, so that they can be saved
+    warm: Inputs | None = None  # where to start, if an earlier attack says so
     clean_logits: Logits | None = None  # if known already
 
     @classmethod
@@ -79,16 +88,17 @@ class Problem:
         radius = _round_down(eps, x0.dtype)
         lower, upper = _bounds(x0, threat.norm, box, radius)
         rows = torch.arange(len(x0), device=x0.device) if rows is None else rows
-        return cls(x0, goal, threat.norm, box, radius, threat.eps is None, lower, upper, draws, rows)
+        levels = None if threat.quantize is None else 2**threat.quantize - 1
+        return cls(x0, goal, threat.norm, box, radius, threat.eps is None, lower, upper, draws, rows, levels)
 
     def __len__(self) -> int:
         return len(self.x0)
 
     def take(self, rows: Rows) -> "Problem":
         """Return the problem of these samples only."""
-        logits = None if self.clean_logits is None else self.clean_logits[rows]
-        cut = {n: getattr(self, n)[rows] for n in ("x0", "radius", "lower", "upper", "rows")}
-        return replace(self, goal=self.goal.take(rows), draws=self.draws.take(rows), clean_logits=logits, **cut)
+        values = {n: getattr(self, n) for n in ("x0", "radius", "lower", "upper", "rows", "warm", "clean_logits")}
+        cut = {n: v[rows] for n, v in values.items() if v is not None}
+        return replace(self, goal=self.goal.take(rows), draws=self.draws.take(rows), **cut)
 
     def toward(self, target: Labels) -> "Problem":
         """Return the problem with a class to try; what counts as success stays."""
@@ -104,6 +114,21 @@ class Problem:
         lower, upper = _bounds(self.x0, self.norm, self.box, radius)
         return replace(self, radius=radius, lower=lower, upper=upper, minimal=False)
 
+    def unbounded(self) -> "Problem":
+        """Return the problem with the box as its only bound: the smallest perturbation is wanted."""
+        if self.minimal:
+            return self
+        lower, upper = (torch.full_like(self.x0, v) for v in (self.box.lo, self.box.hi))
+        return replace(self, radius=self.full(torch.inf), lower=lower, upper=upper, minimal=True)
+
+    def starting(self, x: Inputs) -> "Problem":
+        """Return the problem with points x (b, *f), drawn into box and ball, to start from."""
+        return replace(self, warm=self.project(x))
+
+    def along(self, weights: Logits) -> "Problem":
+        """Return the problem with a direction in output space (b, c) for the loss ``along``."""
+        return replace(self, goal=replace(self.goal, weights=weights))
+
     def full(self, value: float) -> PerSample:
         return self.x0.new_full((len(self.x0),), value)
 
@@ -115,10 +140,41 @@ class Problem:
         d = self.norm.project(x - self.x0, r, self.lower - self.x0, self.upper - self.x0)
         return _move(self.x0, d).clamp(self.lower, self.upper)
 
-    def start(self) -> Inputs:
-        """Draw an allowed point at random."""
+    def start(self, kind: str = "uniform") -> Inputs:
+        """Return where to start: the warm point if there is one, else a point of this kind.
+
+        ``clean`` is the clean input; ``uniform`` is drawn from the ball (of the width of the box where there is no
+        radius), ``sphere`` from its surface. Box and ball bound them all.
+        """
+        if self.warm is not None:
+            return self.warm
+        if kind == "clean":
+            return self.x0
         reach = torch.where(self.radius.isinf(), self.box.width, self.radius)
-        return self.project(self.x0 + self.norm.sample(self.x0, reach, self.draws))
+        d = self.norm.sample(self.x0, reach, self.draws)
+        if kind == "sphere" and self.norm.name != "l0":
+            d = d * per_sample(reach / self.norm.size(d).clamp_min(TINY), d)
+        return self.project(self.x0 + d)
+
+    def snap(self, x: Inputs) -> Inputs:
+        """Return points as they are after saving, where ``levels`` says how; without levels, x.
+
+        To the nearest level inside box and ball; of round balls, to the nearest one on the way back to x0 if the
+        nearest would leave the ball.
+        """
+        if self.levels is None:
+            return x
+        near = self._level(x, torch.round)
+        near = torch.where(near > self.upper, self._level(self.upper, torch.floor), near)
+        near = torch.where(near < self.lower, self._level(self.lower, torch.ceil), near)
+        back = torch.where(x > self.x0, self._level(x, torch.floor), self._level(x, torch.ceil))
+        return choose(self.allows(near), near, back)
+
+    def _level(self, x: Inputs, rounding: Callable[[Tensor], Tensor]) -> Inputs:
+        """Return what reading gives after saving x with this rounding."""
+        assert self.levels is not None
+        k = rounding((x - self.box.lo) / self.box.width * self.levels)
+        return k / self.levels * self.box.width + self.box.lo
 
     def ascend(self, x: Inputs, grad: Inputs, length: PerSample, support: int | Tensor = 1) -> Inputs:
         """Take one projected step of ``length`` (in the threat's norm) in the direction of steepest ascent."""

@@ -57,15 +57,17 @@ class Threat:
         eps: radius of the ball in units of the box (l0: a count); None asks for the smallest perturbation instead.
         box: the input domain; None takes the model's.
         targeted: labels given to an attack are the wanted ones.
+        quantize: number of bits a value has when saved; 8 asks for points that survive the rounding to uint8.
 
     Raises:
-        ThreatError: unknown norm, or an eps that is not positive.
+        ThreatError: unknown norm, an eps that is not positive, or a number of bits that is not from 1 to 16.
     """
 
     norm: Norm
     eps: float | None = None
     box: Box | None = None
     targeted: bool = False
+    quantize: int | None = None
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Threat:
         eps: float | None = None,
         box: "Box | tuple[float, float] | None" = None,
         targeted: bool = False,
+        quantize: int | None = None,
     ) -> None:
         if isinstance(norm, str):
             if norm not in NORMS:
@@ -82,11 +85,14 @@ class Threat:
             raise ThreatError("eps > 0, or none for the smallest perturbation", f"{eps}", "Write for example l2:0.5.")
         if norm.name == "l0" and eps is not None and eps != round(eps):
             raise ThreatError("a whole number of coordinates for l0", f"{eps}", "Write for example l0:20.")
+        if quantize is not None and not (quantize == int(quantize) and 1 <= quantize <= 16):
+            raise ThreatError("quantize as a number of bits from 1 to 16", f"{quantize}", "Write 8 for PNG images.")
         values = {
             "norm": norm,
             "eps": None if eps is None else float(eps),
             "box": Box(*box) if isinstance(box, tuple) else box,
             "targeted": targeted,
+            "quantize": quantize,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -109,7 +115,8 @@ class Threat:
 
     def to_json(self) -> dict[str, Any]:
         box = [self.box.lo, self.box.hi] if self.box else None
-        return {"norm": self.norm.name, "eps": self.eps, "box": box, "targeted": self.targeted, "text": str(self)}
+        plain = {"norm": self.norm.name, "eps": self.eps, "box": box, "targeted": self.targeted, "text": str(self)}
+        return plain | ({} if self.quantize is None else {"quantize": self.quantize})
 
     def within(self, box: Box, features: int) -> "Threat":
         """Return this threat with its box settled, after checking that eps and box make sense for such inputs.

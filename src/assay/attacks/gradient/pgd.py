@@ -9,10 +9,10 @@ import torch
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS
-from assay.core.registry import UsageError, closest
+from assay.core.registry import one_of
 from assay.core.types import Inputs
 from assay.models.door import Gradient, Loss
-from assay.threats.problem import Problem
+from assay.threats.problem import STARTS, Problem
 
 
 class PGDState(NamedTuple):
@@ -35,7 +35,7 @@ class PGD(GradientAttack[PGDState]):
         rel_step: length of the first step as a fraction of eps.
         decay: ``none``, or ``cosine``: lengths fall to 0 along half a cosine.
         momentum: share of the new step; the rest repeats the last move (1: none; APGD uses 0.75).
-        random_start: start uniformly in the ball instead of at the clean input.
+        start: ``uniform`` in the ball, on its ``sphere``, or ``clean``.
         support: l1 only: share of the coordinates that one step moves.
         loss: what is ascended.
 
@@ -60,16 +60,16 @@ class PGD(GradientAttack[PGDState]):
     rel_step: float = 0.1
     decay: str = "none"
     momentum: float = 1.0
-    random_start: bool = True
+    start: str = "uniform"
     support: float = 0.02
     loss: Loss = cross_entropy
 
     def __post_init__(self) -> None:
-        if self.decay not in ("none", "cosine"):
-            raise UsageError("decay none or cosine", repr(self.decay), closest(self.decay, ["none", "cosine"]))
+        one_of("decay", self.decay, ("none", "cosine"))
+        one_of("start", self.start, STARTS)
 
     def init(self, p: Problem) -> PGDState:
-        x = p.start() if self.random_start else p.x0
+        x = p.start(self.start)
         return PGDState(x, x)
 
     def update(self, p: Problem, s: PGDState, e: Gradient, k: int) -> PGDState:
