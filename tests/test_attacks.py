@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from assay import attacks
-from assay.attacks import APGD, BIM, FGSM, PGD, Cascade, Outcome, Restarts, Runnable, Square, TargetedAscent, Targets
+from assay.attacks import (
+    ACG,
+    APGD,
+    BIM,
+    FGSM,
+    PGD,
+    Cascade,
+    Outcome,
+    Restarts,
+    Runnable,
+    Square,
+    TargetedAscent,
+    Targets,
+)
+from assay.attacks.gradient import apgd
 from assay.attacks.loop import ScoreAttack
 from assay.attacks.losses import cross_entropy, dlr, margin
 from assay.attacks.score import square
@@ -24,12 +38,40 @@ from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
 
 SHORT: dict[str, dict[str, Any]] = {
+    "acg": {"steps": 15},
+    "alma": {"steps": 60},
     "apgd": {"steps": 15},
+    "apgd-targeted": {"steps": 8, "targets": 3},
     "bim": {},
+    "ddn": {"steps": 60},
+    "deepfool": {"steps": 10, "rivals": 1},
+    "di-fgsm": {"smallest": 0.97},
+    "fab": {"steps": 12, "rivals": 1},
+    "brendel-bethge": {"steps": 20},
+    "cw": {"steps": 8, "rounds": 8},
+    "ead": {"steps": 8, "rounds": 8},
     "fgsm": {},
+    "fmn": {"steps": 60},
+    "mi-fgsm": {},
+    "ni-fgsm": {},
+    "odi-pgd": {"steps": 15, "rel_step": 0.2},
+    "patch": {"epochs": 15},
+    "pdgd": {"steps": 60, "step": 0.02},
+    "pdpgd": {"steps": 100, "step": 0.03},
     "pgd": {"steps": 20},
+    "r-fgsm": {"random_step": 0.02},
+    "si-ni-fgsm": {"scales": 2},
+    "sigma-zero": {"steps": 60, "step": 0.1, "threshold": 0.05},
+    "spatial": {"rotations": 3, "shifts": 3, "steps": 3},
+    "sparsefool": {"steps": 12, "rivals": 1},
     "square": {"steps": 40},
+    "superdeepfool": {"steps": 12, "rivals": 1},
     "targeted-ascent": {"steps": 20, "step": 0.02},
+    "trust-region": {"steps": 40, "most": 0.2, "rivals": 1},
+    "ti-fgsm": {"smallest": 0.97, "size": 3},
+    "uap": {"epochs": 15},
+    "vmi-fgsm": {"count": 2},
+    "vni-fgsm": {"count": 2},
 }
 """Every registered attack with few steps; an attack without a row here is not checked, so a test asks for one."""
 
@@ -229,9 +271,9 @@ def test_attacks_find_what_a_grid_finds(norm: str) -> None:
 
 
 def literal_apgd(
-    net: nn.Module, loss: Any, x0: Tensor, y: Tensor, start: Tensor, eps: float, steps: int
+    net: nn.Module, loss: Any, p: Problem, y: Tensor, start: Tensor, eps: float, steps: int
 ) -> list[Tensor]:
-    """Run algorithm 1 of Croce & Hein 2020 for one sample under linf, in plain words; return all iterates."""
+    """Run algorithm 1 of Croce & Hein 2020 for one sample under linf or l2, in plain words; return all iterates."""
 
     def ask(x: Tensor) -> tuple[float, Tensor]:
         x = x.clone().requires_grad_()
@@ -239,7 +281,12 @@ def literal_apgd(
         return value.item(), torch.autograd.grad(value, x)[0]
 
     def inside(x: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(x, (x0 - eps).clamp_min(0)), (x0 + eps).clamp_max(1))
+        if p.norm.name == "l2":  # the nearest point of ball and box, which other tests check
+            return p.project(x)
+        return torch.minimum(torch.maximum(x, (p.x0 - eps).clamp_min(0)), (p.x0 + eps).clamp_max(1))
+
+    def unit(g: Tensor) -> Tensor:
+        return g / g.norm() if p.norm.name == "l2" else g.sign()
 
     checkpoint, window = max(int(0.22 * steps), 1), max(int(0.22 * steps), 1)
     x, previous, eta = start, start, 2 * eps
@@ -248,7 +295,7 @@ def literal_apgd(
     losses, iterates = [f], [x]
     reduced, best_at_last_check = True, best_f
     for i in range(steps):
-        z = inside(x + eta * g.sign())
+        z = inside(x + eta * unit(g))
         a = 0.75 if i else 1.0
         x, previous = inside(x + a * (z - x) + (1 - a) * (x - previous)), x
         f, g = ask(x)
@@ -270,28 +317,86 @@ def literal_apgd(
 
 @pytest.mark.parametrize("steps", [9, 40, 100])
 @pytest.mark.parametrize("loss", [cross_entropy, margin], ids=lambda f: f.__name__)
-def test_apgd_walks_as_published_step_by_step(steps: int, loss: Any) -> None:
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.25), ("l2", 0.7)])
+def test_apgd_walks_as_published_step_by_step(steps: int, loss: Any, norm: str, eps: float) -> None:
     torch.manual_seed(5)
     net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)).double()
     rows = torch.arange(4)
     x0 = torch.rand(4, 20, dtype=torch.float64)
     y = net(x0).argmax(1)
-    threat = Threat("linf", 0.25).within(Model(net).domain, 20)
+    threat = Threat(norm, eps).within(Model(net).domain, 20)
     attack = APGD(steps=steps, loss=loss)
     with Model(net).frozen() as live:
         door, p = Door(live, 4), Problem.pose(x0, y, threat, Draws.of(0, rows))
         s = attack.init(p)
-        wanted = [literal_apgd(net, loss, x0[i : i + 1], y[i : i + 1], s.x[i : i + 1], 0.25, steps) for i in range(4)]
+        one = [rows[i : i + 1] for i in range(4)]
+        wanted = [literal_apgd(net, loss, p.take(i), y[i], s.x[i], eps, steps) for i in one]
         for k in range(steps):
             for i in range(4):
                 assert torch.allclose(s.x[i], wanted[i][k][0], atol=1e-9), f"sample {i} after {k} updates"
             s = attack.update(p, s, door.gradient(s.x, p, loss), k)
         assert torch.allclose(s.x, torch.cat([w[steps] for w in wanted]), atol=1e-9)
-    assert (s.step < 0.5).all() or steps == 9  # the reviews did take place
+    assert (s.pace.step < 2 * eps).all() or steps == 9  # the reviews did take place
+
+
+def literal_l1(net: nn.Module, p: Problem, y: Tensor, start: Tensor, stages: list[tuple[float, int]]) -> list[Tensor]:
+    """Run algorithm 1 of Croce & Hein 2021 for one sample in ever smaller balls, in plain words; return iterates."""
+
+    def ask(x: Tensor) -> tuple[float, Tensor]:
+        x = x.clone().requires_grad_()
+        value = margin(net(x), Goal(y))
+        return value.item(), torch.autograd.grad(value, x)[0]
+
+    n, best_x, iterates = p.x0.numel(), start, []
+    for number, (eps, steps) in enumerate(stages):
+        q = p.with_radius(torch.tensor([eps], dtype=torch.float64))
+        x = q.project(best_x)
+        touched = n if number == 0 else int((x != p.x0).sum())
+        k, eta = 0.2 * n if number == 0 else touched / 1.5, eps
+        f, g = ask(x)
+        iterates.append(x)
+        best_f, best_x, best_g = f, x, g
+        window = max(int(0.04 * steps), 1)
+        for i in range(steps):
+            if i and i % window == 0:
+                now = int((best_x != p.x0).sum())
+                if now < 0.95 * touched:
+                    eta, x, g = eps, best_x, best_g
+                else:
+                    eta = max(eta / 1.5, eps / 10)
+                touched, k = now, now / 1.5
+            kept = g.abs().flatten().argsort(descending=True, stable=True)[: max(round(k), 1)]
+            u = torch.zeros(n, dtype=g.dtype)
+            u[kept] = g.flatten()[kept].sign()
+            x = q.project(x + eta * u.view_as(x) / u.abs().sum())
+            f, g = ask(x)
+            iterates.append(x)
+            if f > best_f:
+                best_f, best_x, best_g = f, x, g
+    return iterates
+
+
+@pytest.mark.parametrize(("wide", "steps"), [(True, 50), (True, 101), (False, 50)])
+def test_apgd_walks_as_published_in_l1(wide: bool, steps: int) -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 5)).double()
+    x0, rows = torch.rand(3, 30, dtype=torch.float64), torch.arange(3)
+    y, attack = net(x0).argmax(1), APGD(steps=steps, loss=margin, wide=wide)
+    threat = Threat("l1", 1.5).within(Model(net).domain, 30)
+    part = math.ceil(0.3 * steps)  # a new ball costs one of the steps
+    stages = [(4.5, part), (3.0, part), (1.5, steps - 2 * part - 2)] if wide else [(1.5, steps)]
+    with Model(net).frozen() as live:
+        door, p = Door(live, 3), Problem.pose(x0, y, threat, Draws.of(0, rows))
+        s = attack.init(p)
+        wanted = [literal_l1(net, p.take(rows[i : i + 1]), y[i : i + 1], s.x[i : i + 1], stages) for i in range(3)]
+        for k in range(steps + 1):
+            for i in range(3):
+                assert torch.allclose(s.x[i], wanted[i][k][0], atol=1e-9), f"sample {i} after {k} updates"
+            s = attack.update(p, s, door.gradient(s.x, p, margin), k) if k < steps else s
 
 
 def test_reviews_come_ever_closer_as_published() -> None:
-    assert list(APGD(steps=100).reviews(sparse=False)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert list(apgd.reviews(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
 # Square.
@@ -529,7 +634,7 @@ def test_threats_that_an_attack_is_not_made_for_are_refused() -> None:
     x, y = points((3, 4, 4)), torch.ones(3, dtype=torch.long)
     for attack, threat, says in (
         (PGD(), Threat("linf"), "an eps for PGD"),
-        (BIM(), Threat("l1", 1.0), "one of linf, l2 for BIM"),
+        (ACG(), Threat("l1", 1.0), "one of linf for ACG"),
         (Square(), Threat("l0", 3), "for Square"),
         (PGD(), Threat("linf", 8), "8/255"),
     ):
@@ -540,12 +645,14 @@ def test_threats_that_an_attack_is_not_made_for_are_refused() -> None:
 
 
 def test_attacks_are_found_by_what_they_need_and_built_from_text() -> None:
-    assert attacks.names(norm="l1", access="gradient", kind="budget") == ("apgd", "fgsm", "pgd", "targeted-ascent")
+    found = attacks.names(norm="l1", access="gradient", kind="budget")
+    assert {"apgd", "bim", "fgsm", "pgd", "targeted-ascent"} <= set(found)
+    assert not {"acg", "mi-fgsm", "square", "ddn"} & set(found)
     assert attacks.names(access="score") == ("square",)
     assert attacks.get("pgd", steps="7", rel_step="0.5", start="clean") == PGD(steps=7, rel_step=0.5, start="clean")
     assert attacks.get("apgd", loss="dlr") == APGD(loss=dlr)
     for name, params, says in (
-        ("pdg", {}, "Did you mean 'pgd'"),
+        ("fgms", {}, "Did you mean 'fgsm'"),
         ("pgd", {"step": 3}, "Did you mean 'steps'"),
         ("pgd", {"steps": "many"}, "int for pgd steps"),
         ("pgd", {"loss": "hinge"}, "registered loss"),
@@ -559,11 +666,11 @@ def test_an_attack_is_written_as_plain_data() -> None:
     assert attacks.describe_attack(attack) == {
         "name": "Cascade",
         "attacks": [
-            {"name": "apgd", "steps": 5, "rho": 0.75, "momentum": 0.75, "loss": "ce"},
+            {"name": "apgd", "steps": 5, "rho": 0.75, "momentum": 0.75, "wide": True, "loss": "ce"},
             {
                 "name": "Targets",
                 "count": 3,
-                "attack": {"name": "apgd", "steps": 100, "rho": 0.75, "momentum": 0.75, "loss": "dlr"},
+                "attack": {"name": "apgd", "steps": 100, "rho": 0.75, "momentum": 0.75, "wide": True, "loss": "dlr"},
             },
         ],
     }

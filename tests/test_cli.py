@@ -140,26 +140,82 @@ def test_attack_by_name_with_parameters(tmp_path):
     assert 0 < one["broken"] <= many["broken"] <= many["attacked"] <= 32
 
 
-def test_attack_saves_images_that_are_asked_about_again(tmp_path):
-    args = (
-        "attack",
-        "demo:mnist-plain",
-        "demo:mnist",
-        "--with",
-        "targeted-ascent",
-        "--threat",
-        "linf",
-        "--target",
-        "4",
-    )
-    done = run(*args, "--limit", 12, "--save-images", "out", "--json", cwd=tmp_path, check=0)
-    result = json.loads(done.stdout)
-    files = sorted((tmp_path / "out").glob("*.png"))
-    assert len(files) == result["images"]["saved"] == result["broken"] > 0
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--with", "pgd", "--threat", "linf:0.2"),
+        ("--with", "targeted-ascent", "--threat", "linf", "--target", "4"),
+        ("--with", "apgd", "--threat", "l2:2", "--set", "steps=20", "--target", "4"),
+    ],
+    ids=["untargeted", "targeted, smallest", "targeted, l2"],
+)
+def test_every_image_that_is_saved_fools_when_it_is_read_back(args, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000000-label-9.png").write_bytes(b"of an earlier attack")
+    (tmp_path / "out" / "holiday.png").write_bytes(b"mine")
+    command = ("attack", "demo:mnist-plain", "demo:mnist", *args, "--limit", 12, "--save-images", "out", "--json")
+    result = json.loads(run(*command, cwd=tmp_path, check=0).stdout)
+    files = {p for p in (tmp_path / "out").iterdir() if p.name != "holiday.png"}
+    assert result["quantize"] == 8
+    assert len(files) == result["images"]["written"] == result["images"]["proved"] == result["broken"] > 0
     model = assay.load_model("demo:mnist-plain")
-    x = torch.stack([torch.from_numpy(np.array(Image.open(f))).float()[None] / 255 for f in files])
-    truth = torch.tensor([int(f.stem.rsplit("-", 1)[1]) for f in files])
-    assert int((model(x).argmax(1) != truth).sum()) == result["images"]["fool_when_read_back"]
+    clean = assay.load_data("demo:mnist", limit=12)
+    for file in files:
+        x = torch.from_numpy(np.array(Image.open(file)))[None, None] / 255
+        index, label = int(file.name[:6]), int(file.stem.rsplit("-", 1)[1])
+        guess = int(model(x).argmax())
+        assert guess == 4 if "--target" in args else guess != label
+        before, y = clean.batch(torch.tensor([index])), int(clean.labels[index])
+        assert label == y
+        if "linf:0.2" in args:
+            assert float((x.double() - before.double()).abs().max()) <= 0.2
+
+
+def test_an_image_that_does_not_fool_when_it_is_read_back_is_not_kept(tmp_path):
+    """A file that loses what the attack did stands for a defect anywhere between the attack and the disk."""
+    from assay.data import png
+
+    def faded(path, box=None, dtype=torch.float32, *, read=png.read_png):
+        image = read(path, box, dtype)
+        return image if int(path.name[1:7]) % 2 else image * 0
+
+    command = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--threat", "linf:0.2", "--limit", 12)
+    with mock.patch.object(png, "read_png", faded):
+        done = run(*command, "--target", 4, "--save-images", "out", "--json", cwd=tmp_path, check=0)
+    images = json.loads(done.stdout)["images"]
+    names = [p.name for p in (tmp_path / "out").iterdir()]
+    assert 0 < len(names) == images["proved"] < images["written"]
+    assert all(int(n[:6]) % 2 for n in names)
+
+
+def stored_arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_attack_writes_what_it_found_and_keeps_to_its_budget(tmp_path):
+    command = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--threat", "linf:0.2", "--limit", 12)
+    done = run(*command, "--max-passes", 9, "--out", "found", "--json", cwd=tmp_path, check=0)
+    result, stored = json.loads(done.stdout), json.loads((tmp_path / "found" / "attack.json").read_text())
+    found = stored_arrays(tmp_path / "found" / "adversarials.npz")
+    assert stored == result | {"parameters": stored["parameters"], "seed": 0}
+    assert stored["parameters"]["name"] == "pgd"
+    assert found["x"].shape == (result["attacked"], 1, 28, 28)
+    assert (found["forwards"] + found["backwards"]).max() <= 9
+    assert found["success"].sum() == result["broken"]
+    assert (np.isfinite(found["size"]) == found["success"]).all()
+    assert sorted(p.name for p in (tmp_path / "found").iterdir()) == ["adversarials.npz", "attack.json"]
+
+
+def test_images_are_saved_with_8_bits_or_not_at_all(tmp_path):
+    command = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--threat", "linf:0.2", "--limit", 4)
+    refused = run(*command, "--save-images", "out", "--quantize", 4, cwd=tmp_path, check=2)
+    assert "--quantize 8" in refused.stderr
+    coarse = json.loads(run(*command, "--quantize", 2, "--out", "found", "--json", cwd=tmp_path, check=0).stdout)
+    found = stored_arrays(tmp_path / "found" / "adversarials.npz")
+    assert coarse["quantize"] == 2
+    assert np.isin(found["x"][found["success"]], np.arange(4, dtype=np.float32) / 3).all()
+    assert "max_passes" in run(*command, "--max-passes", 0, cwd=tmp_path, check=2).stderr
 
 
 def test_doctor_finds_this_installation_sound(tmp_path):

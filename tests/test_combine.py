@@ -8,18 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from assay.attacks import (
+    ACG,
     APGD,
     BIM,
     FGSM,
     PGD,
+    RFGSM,
     Bisect,
     Cascade,
+    Chain,
     Outcome,
+    OutputDiversified,
     Restarts,
     Runnable,
     Square,
     TargetedAscent,
     Targets,
+    Transformed,
 )
 from assay.attacks.attack import verify
 from assay.attacks.losses import dlr, margin
@@ -35,10 +40,12 @@ COMBINED: list[Runnable] = [
     Targets(APGD(steps=8, loss=dlr), 3),
     Restarts(Cascade((BIM(), Targets(PGD(steps=12, loss=margin), 2))), 2),
     Bisect(PGD(steps=12), rounds=6),
+    Chain((PGD(steps=6), APGD(steps=8, loss=margin), BIM(steps=4))),
+    Restarts(OutputDiversified(PGD(steps=20)), 2),
 ]
 
 
-@pytest.mark.parametrize("attack", COMBINED, ids=["cascade", "restarts", "targets", "nested", "bisect"])
+@pytest.mark.parametrize("attack", COMBINED, ids=["cascade", "restarts", "targets", "nested", "bisect", "chain", "odi"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_combinations_keep_the_contract_of_attacks(attack: Runnable, norm: str) -> None:
     check_attack(attack, norms=(norm,))
@@ -230,3 +237,59 @@ def test_a_combination_that_runs_nothing_is_refused(make) -> None:
 def test_a_misspelt_decay_is_refused() -> None:
     with pytest.raises(UsageError, match="cosine"):
         PGD(decay="cosin")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Stays(Runnable):
+    """Remembers where it starts and stops ``by`` further on, as far as ball and box let it; breaks some samples."""
+
+    by: float
+    breaks: tuple[int, ...]
+    seen: list[Tensor]
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        x = p.start("clean")
+        self.seen.append(x)
+        success = torch.isin(p.rows, torch.tensor(self.breaks, dtype=torch.long))
+        return Outcome(p.project(x + self.by), success, torch.where(success, 0, -1))
+
+
+def test_a_chain_goes_on_from_where_the_last_attack_stopped() -> None:
+    parts = (Stays(-0.05, (1,), []), Stays(-0.4, (0, 3), []), Stays(0.0, (), []))
+    out, _ = run(Chain(parts))
+    assert [len(part.seen[0]) for part in parts] == [5, 4, 2]
+    starts = [part.seen[0][0, 0].item() for part in parts]
+    assert starts == pytest.approx([0.6, 0.55, 0.3])  # 0.15, drawn into the ball of 0.3
+    assert out.by.tolist() == [1, 0, -1, 1, -1]
+
+
+def test_output_diversified_starts_lie_up_a_direction_of_their_own() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    first, other = Stays(0.0, (), []), Stays(0.0, (), [])
+    x, rows = torch.full((4, 8), 0.6), torch.arange(4)
+    threat = Threat("linf", 1e-3).within(Model(net).domain, 8)
+    with Model(net).frozen() as live:
+        door = Door(live, 4)
+        y = net(x).argmax(1)
+        p = Problem.pose(x, y, threat, Draws.of(0, rows))
+        OutputDiversified(first, steps=2).run(door, p)
+        assert door.forwards.tolist() == [4] * 4  # the clean logits, two steps, and the point they end at
+        assert door.backwards.tolist() == [2] * 4
+        OutputDiversified(other, steps=2).run(door, p.stage(1))
+    start = first.seen[0]
+    assert (start - x).abs().amax(1).tolist() == pytest.approx([1e-3] * 4, rel=1e-3)
+    assert len({tuple(v.tolist()) for v in start}) == 4
+    assert not torch.equal(start, other.seen[0])
+    w = 2 * p.stage(2).draws.uniform((5,)) - 1
+    with torch.no_grad():
+        assert ((w * (net(start) - net(x))).sum(1) > 0).all()
+
+
+def test_warm_starts_are_used_by_every_gradient_attack_of_fixed_budget() -> None:
+    x, rows = torch.full((2, 8), 0.6), torch.arange(2)
+    threat = Threat("linf", 0.1).within(Model(Line()).domain, 8)
+    p = Problem.pose(x, torch.ones_like(rows), threat, Draws.of(0, rows)).starting(x - 0.03)
+    for attack in (FGSM(), BIM(), RFGSM(), PGD(), PGD(start="clean"), APGD(), ACG(), Transformed(BIM(), ())):
+        assert torch.allclose(attack.init(p).x, x - 0.03), attack

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from assay.attacks.losses import LOSSES, cross_entropy, dlr, margin
+from assay.attacks.losses import (
+    LOSSES,
+    along,
+    cross_entropy,
+    dlr,
+    margin,
+    probability_margin,
+    rescaled_cross_entropy,
+)
 from assay.models import Loss
 from assay.threats import Goal
 
@@ -53,6 +61,44 @@ def test_cross_entropy_by_hand() -> None:
     assert cross_entropy(Z, Goal(one(0), one(1))).item() == pytest.approx(logs[1].item())
 
 
+@pytest.mark.parametrize(
+    ("label", "target", "first", "second"), [(0, None, 2, 0), (2, None, 0, 2), (0, 1, 1, 0), (None, 0, 0, 2)]
+)
+def test_probability_margin_by_hand(label: int | None, target: int | None, first: int, second: int) -> None:
+    shares = Z.exp()[0] / Z.exp().sum()
+    found = probability_margin(Z, Goal(one(label), one(target))).item()
+    assert found == pytest.approx((shares[first] - shares[second]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("label", "target"), [(0, None), (1, None), (0, 1), (None, 3)])
+def test_rescaled_cross_entropy_is_that_of_logits_whose_largest_gap_is_one(
+    label: int | None, target: int | None
+) -> None:
+    goal = Goal(one(label), one(target))
+    assert torch.equal(rescaled_cross_entropy(Z, goal), cross_entropy(Z / 2, goal))
+    z = (1000 * Z).requires_grad_()  # where the gradient of cross-entropy itself is zero for the first class
+    (grad,) = torch.autograd.grad(rescaled_cross_entropy(z, goal).sum(), z)
+    assert grad.abs().max() > 1e-5
+
+
+def test_along_is_the_weighted_sum_whatever_the_label() -> None:
+    w = torch.tensor([[1.0, -1.0, 0.5, 0.0]])
+    for goal in (Goal(one(0), None, w), Goal(None, one(1), w), Goal(one(0), one(1), w)):
+        assert along(Z, goal).item() == 5 - 1 + 1.5
+
+
+@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_a_loss_is_one_value_a_sample_that_no_other_sample_moves(name: str, classes: int) -> None:
+    z = torch.randn(6, classes, generator=torch.Generator().manual_seed(1))
+    label, target = torch.arange(6) % classes, (torch.arange(6) + 1) % classes
+    for goal in (Goal(label), Goal(None, target), Goal(label, target)):
+        together = LOSSES[name](z, goal)
+        alone = torch.cat([LOSSES[name](z[i : i + 1], goal.take(torch.tensor([i]))) for i in range(6)])
+        assert together.shape == (6,)
+        assert torch.allclose(together, alone)
+
+
 goals = st.sampled_from(["label", "target", "both"])
 
 
@@ -82,7 +128,9 @@ def test_a_step_up_the_gradient_brings_the_goal_nearer(name: str, seed: int, cla
     (grad,) = torch.autograd.grad(value.sum(), z)
     step = 1e-6 * grad / grad.norm(dim=1, keepdim=True).clamp_min(1e-30)
     done = goal.reached(z) if loss is dlr and kind == "label" else torch.zeros(20, dtype=torch.bool)
-    assert ((loss(z + step, goal) > value) | done).all()  # DLR is 1 for every label in third place
+    # The gap that rescales cross-entropy is a constant to its gradient only.
+    seen = cross_entropy if loss is rescaled_cross_entropy else loss
+    assert ((seen(z + step, goal) > seen(z, goal)) | done).all()  # DLR is 1 for every label in third place
 
 
 @pytest.mark.parametrize("name", LOSSES.names())

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AssayError": "assay.core.errors",
+    "BPDA": "assay.models",
     "Box": "assay.threats",
     "ContradictionError": "assay.core.errors",
     "DataError": "assay.core.errors",

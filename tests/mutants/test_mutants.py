@@ -219,7 +219,7 @@ def test_a_best_point_of_a_later_query_is_caught(monkeypatch: pytest.MonkeyPatch
     """The loop itself: the last point instead of the best one."""
     from assay.attacks.loop import Best
 
-    def last(self: Best, p: Problem, x: Tensor, success: Tensor, rank: Tensor) -> Best:
+    def last(self: Best, p: Problem, x: Tensor, success: Tensor, rank: Tensor, *, smallest: bool) -> Best:
         return Best(choose(p.allows(x), x, self.x), success, rank)
 
     monkeypatch.setattr(Best, "or_better", last)
@@ -230,8 +230,8 @@ def test_a_best_point_of_a_later_query_is_caught(monkeypatch: pytest.MonkeyPatch
 def test_a_pass_that_the_door_forgets_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Door._count
 
-    def forget(self: Door, rows: Tensor, *, backward: bool) -> None:
-        honest(self, rows[1:], backward=backward)
+    def forget(self: Door, rows: Tensor, backwards: int) -> None:
+        honest(self, rows[1:], backwards)
 
     monkeypatch.setattr(Door, "_count", forget)
     with pytest.raises(AssertionError, match="every forward pass is counted"):
@@ -245,4 +245,10 @@ def test_a_reach_of_targets_that_counts_leaving_the_label_is_caught(monkeypatch:
 
     monkeypatch.setattr(Goal, "reached", reached)
     with pytest.raises(AssertionError):
+        check_attack(PGD(steps=20), norms=("linf",))
+
+
+def test_a_door_that_forgets_the_budget_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "affords", lambda self, rows, cost: None)  # noqa: ARG005
+    with pytest.raises(AssertionError, match="no sample costs more than it may"):
         check_attack(PGD(steps=20), norms=("linf",))

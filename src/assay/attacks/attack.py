@@ -118,7 +118,8 @@ class Runnable(ABC):
             keys = torch.arange(len(x)) if indices is None else indices
             p = Problem.pose(x0, y.to(live.device).long().clone(), threat, Draws.of(seed, keys.to(live.device)))
             with door.limited(None if max_passes is None else max_passes - live.model.samples):  # one to verify
-                out = self.run(door, p, full=full)
+                able = door.affords(p.rows, 1) is None
+                out = self.run(door, p, full=full) if able else Outcome.nothing(p)
             # Posed anew: what an attack did to its own copy of the problem must not decide whether it succeeded.
             truth = Problem.pose(x.detach().to(live.device).contiguous(), y.to(live.device).long(), threat, p.draws)
             found, points, size = verify(door, truth, out)
@@ -140,7 +141,7 @@ def verify(door: Door, p: Problem, out: Outcome) -> tuple[Mask, Inputs, PerSampl
     x = _draw_in(q, out.x[claimed])
     inside = ((x >= q.box.lo) & (x <= q.box.hi)).flatten(1).all(1)
     inside &= exact_size(q.norm, x, q.x0) <= q.radius.double()
-    inside &= (x == q.snap(x)).flatten(1).all(1)
+    inside &= (x == q.unbounded().snap(x)).flatten(1).all(1)
     x = choose(inside, x, q.x0)  # a point that is not allowed is not shown to anybody
     holds = inside & door.decide(x, q).success
     points = out.x.index_copy(0, claimed, x)

@@ -7,8 +7,10 @@ from typing import final
 import torch
 
 from assay.attacks.attack import Outcome, Runnable
+from assay.attacks.gradient.pgd import PGD
+from assay.attacks.losses import along
 from assay.core.registry import UsageError
-from assay.core.types import Labels, choose
+from assay.core.types import Labels, Logits, choose
 from assay.models.door import Door
 from assay.threats.problem import Problem
 
@@ -73,7 +75,7 @@ class Targets(Runnable):
         return out
 
     def _ranked(self, door: Door, p: Problem, label: Labels) -> Iterator[Labels]:
-        z = p.clean_logits if p.clean_logits is not None else door.logits(p.x0, p.rows)
+        z = _clean_logits(door, p)
         order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
         return iter(order[:, : min(self.count, z.shape[1] - 1)].T)
 
@@ -81,6 +83,62 @@ class Targets(Runnable):
 def _at_least_one(count: int, what: str) -> None:
     if count < 1:
         raise UsageError(f"{what} >= 1", f"{count}", "An attack that never runs finds nothing.")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Chain(Runnable):
+    """Runs each attack from where the one before it stopped, on what is still standing."""
+
+    attacks: tuple[Runnable, ...]
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        out = Outcome.nothing(p)
+        for i, attack in enumerate(self.attacks):
+            out = attack_rest(attack, door, p.starting(out.x) if i else p, out, i, full=full)
+        return out
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OutputDiversified(Runnable):
+    """Runs an attack from a point that random directions in output space lead to.
+
+    Each sample draws w ~ U(-1, 1)^c and takes ``steps`` steps of eps up <w, z>; the attack starts where that is
+    largest. A step that succeeds already ends it. With :class:`Restarts` every restart draws anew.
+
+    *Cost* on top of the attack's: ``steps`` + 1 forwards and ``steps`` backwards; where the clean logits are not known,
+    one more forward.
+
+    Args:
+        attack: any attack that can start from a given point.
+        steps: number of steps in output space.
+
+    *Differs from the paper in*: of the points visited, the one with the largest <w, z> is the start, not the last.
+
+    References:
+        Tashiro et al. 2020, arXiv:2003.06878, sec. 3.
+    """
+
+    attack: Runnable
+    steps: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least_one(self.steps, "OutputDiversified.steps")
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        z = _clean_logits(door, p)
+        w = 2 * p.stage(_DIRECTION).draws.uniform(z.shape[1:], z.dtype) - 1
+        out = attack_rest(PGD(steps=self.steps, rel_step=1.0, loss=along), door, p.along(w), Outcome.nothing(p), 0)
+        return attack_rest(self.attack, door, p.starting(out.x), out, 1, full=full)
+
+
+_DIRECTION = 2
+"""Names the random numbers of directions, beside those of the two parts."""
+
+
+def _clean_logits(door: Door, p: Problem) -> Logits:
+    return p.clean_logits if p.clean_logits is not None else door.logits(p.x0, p.rows)
 
 
 def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: int, *, full: bool = False) -> Outcome:

@@ -76,12 +76,14 @@ class StepAttack(Runnable, Generic[S, E]):
     @final
     def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
         self._fits(p)
+        if (can := door.affords(p.rows, self.cost(0))) is not None:
+            return self._run_rows(door, p, can.nonzero()[:, 0], full=full)
         out, live = Outcome.nothing(p), torch.arange(len(p), device=p.x0.device)
         q = p.unbounded() if self.minimal else p
         s, best = self.init(q), Best.nothing(p)
         on = full or (self.minimal and p.minimal)  # after a success
         for k in range(self.questions + 1):
-            x = p.snap(s.x)
+            x = q.snap(s.x)
             e = self.query(door, x, q, k)
             best = best.or_better(p, x, e.success, self.rank(e), smallest=self.minimal or p.minimal)
             if k == self.questions:
@@ -96,6 +98,11 @@ class StepAttack(Runnable, Generic[S, E]):
                 s, e = _take(s, rows), e.take(rows)  # type: ignore[assignment]
             s = self.update(q, s, e, k)
         return out.updated(live, best.outcome(), by=0)
+
+    def _run_rows(self, door: Door, p: Problem, rows: Rows, *, full: bool) -> Outcome:
+        """Run on those samples only that can pay for the first query."""
+        out = Outcome.nothing(p)
+        return out.updated(rows, self.run(door, p.take(rows), full=full), by=0) if len(rows) else out
 
     def _going(self, door: Door, p: Problem, s: S, best: "Best", k: int, *, on: bool) -> Mask | None:
         """Tell which samples go on after query k; None stands for all."""

@@ -1,5 +1,7 @@
 """Losses: what attacks ascend, from logits (b, c) and the goal to (b,). All are defined for c >= 2.
 
+Nothing is reduced over the batch: there is one value a sample, and it depends on that sample only.
+
 With a label only, a loss grows as the label is left; with a target, as the target is reached. Where there is a target
 and no label (a targeted threat), the class to beat is the strongest other one.
 """
@@ -27,6 +29,22 @@ def cross_entropy(logits: Logits, goal: Goal) -> PerSample:
     return F.cross_entropy(logits, goal.label, reduction="none")
 
 
+@LOSSES.register("rescaled-ce")
+def rescaled_cross_entropy(logits: Logits, goal: Goal) -> PerSample:
+    """Cross-entropy of the logits over the gap between the two largest, a constant to the gradient.
+
+    Its gradient does not vanish however large the logits are. Its value says little: the gap is always 1, so that only
+    the other classes move it as long as the same class stays in front.
+
+    References:
+        Yu & Xu 2023 ("Efficient Loss Function by Minimizing the Detrimental Effect of Floating-Point Errors on
+        Gradient-Based Attacks", CVPR), sec. 4.
+    """
+    top = logits.detach().topk(2, 1).values
+    gap = top[:, :1] - top[:, 1:]
+    return cross_entropy(logits / torch.where(gap > _LEAST_GAP, gap, 1), goal)
+
+
 @LOSSES.register("margin")
 def margin(logits: Logits, goal: Goal) -> PerSample:
     """Rival's logit minus the label's (Carlini & Wagner 2017, arXiv:1608.04644, f6).
@@ -42,6 +60,18 @@ def margin(logits: Logits, goal: Goal) -> PerSample:
     return rival - pick(logits, goal.label)
 
 
+@LOSSES.register("pm")
+def probability_margin(logits: Logits, goal: Goal) -> PerSample:
+    """Rival's probability minus the label's: the margin of the softmax, between -1 and 1.
+
+    It has the sign of the margin, and like cross-entropy it goes flat where one class has all the probability.
+
+    References:
+        Ma et al. 2024, arXiv:2411.15210.
+    """
+    return margin(logits.softmax(1), goal)
+
+
 @LOSSES.register("dlr")
 def dlr(logits: Logits, goal: Goal) -> PerSample:
     """Difference of logits ratio: the margin over a gap among the largest logits, free of their scale.
@@ -55,6 +85,12 @@ def dlr(logits: Logits, goal: Goal) -> PerSample:
         return margin(logits, goal)
     low = top[:, 2] if goal.target is None else top[:, 2:].mean(1)
     return margin(logits, goal) / (top[:, 0] - low).clamp_min(_LEAST_GAP)
+
+
+def along(logits: Logits, goal: Goal) -> PerSample:
+    """Return <w, z>: how far the logits went in the goal's direction ``weights``, whatever its label and target are."""
+    assert goal.weights is not None
+    return (goal.weights * logits).sum(1)
 
 
 def pick(logits: Logits, classes: Labels) -> PerSample:

@@ -1,13 +1,16 @@
 """The table of attacks: found by name or by what they need, built from text, written as JSON."""
 
+from collections.abc import Callable
 from typing import Any
 
 from assay.attacks.attack import Runnable
 from assay.attacks.losses import LOSSES
 from assay.core.registry import Registry, build, describe
 
-ATTACKS: Registry[type[Runnable]] = Registry("attack")
-"""Traits: ``norm`` (a tuple), ``access`` (gradient, score, decision), ``kind`` (budget, minimal)."""
+ATTACKS: Registry[Callable[..., Runnable]] = Registry("attack")
+"""Classes of attacks, and functions that build a named combination.
+
+Traits: ``norm`` (a tuple), ``access`` (gradient, score, decision), ``kind`` (budget, minimal)."""
 
 
 def names(norm: str | None = None, access: str | None = None, kind: str | None = None) -> tuple[str, ...]:

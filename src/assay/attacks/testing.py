@@ -39,6 +39,8 @@ def check_attack(
 
     Args:
         attack: any attack or combination of attacks.
+            One that is ``shared`` finds one thing for all samples, so that nothing is asked of a sample alone; one that
+            is ``sizeless`` takes no eps, and is not asked to find what a norm calls easy.
         norms: names of the norms to try; None for those that the attack names, else linf and l2.
         model: a classifier of inputs (b, *shape); None for a small convolutional network, or a dense one.
         shape: of one sample.
@@ -56,6 +58,8 @@ def check_attack(
     named: tuple[str, ...] = getattr(attack, "norms", ("linf", "l2"))
     for norm in norms or named:
         for rule in RULES:
+            if rule in _OF_ONE_SAMPLE and getattr(attack, "shared", False):
+                continue
             rule(_Case.of(attack, model, norm, shape))
 
 
@@ -85,8 +89,11 @@ class _Case:
         features = self.x[0].numel()
         share = {"linf": 0.03, "l2": 0.025 * features**0.5, "l1": 0.015 * features, "l0": 0.0}[self.norm]
         eps = float(max(1, features // 20)) if self.norm == "l0" else share * self.model.domain.width
+        sizes: tuple[float | None, ...] = (eps, None) if getattr(self.attack, "any_size", False) else (eps,)
+        if getattr(self.attack, "sizeless", False):
+            sizes = (None,)
         for targeted, y in ((False, self.y), (True, self.second)):
-            for size in (eps, None) if getattr(self.attack, "any_size", False) else (eps,):
+            for size in sizes:
                 yield Threat(self.norm, size, targeted=targeted), y
 
     def results(self) -> Iterator[tuple[Threat, Labels, Result]]:
@@ -168,11 +175,13 @@ def _counts_every_pass(c: _Case) -> None:
             witness.asked.clear()
             witness.differentiated.clear()
             r = c.attack(c.model, c.x, y, threat, full=full)
-            for kind, seen, said in (
+            for kind, seen, counted in (
                 ("forward", witness.asked, r.forwards),
                 ("backward", witness.differentiated, r.backwards),
             ):
-                true = _owners(seen, c.x)
+                true, said = _owners(seen, c.x), counted
+                if getattr(c.attack, "minimal", False):  # its points go as far as the box lets them
+                    true, said = true.sum(), said.sum()
                 _hold(
                     torch.equal(true, said),
                     f"every {kind} pass is counted, for its sample",
@@ -187,6 +196,24 @@ def _a_sample_stands_alone(c: _Case) -> None:
             _, again, others = _run(c, threat, y, order)
             same = torch.equal(again, held[order]) and torch.allclose(others, points[order], rtol=0, atol=ROUNDING)
             _hold(same, "a sample's result does not depend on the others in its batch", f"{threat}, {order.tolist()}")
+
+
+def _respects_a_budget(c: _Case) -> None:
+    """Limit the passes of a sample; one of them is kept for verification, so one more than was spent is no limit."""
+    for threat, y in c.threats():
+        free = c.attack(c.model, c.x, y, threat)
+        spent = free.forwards + free.backwards
+        enough = int(spent.max()) + c.model.samples
+        for limit in (1, 3, 1 + enough // 2, enough):
+            r = c.attack(c.model, c.x, y, threat, max_passes=limit)
+            where, passes = f"{threat}, max_passes={limit}", r.forwards + r.backwards
+            _hold(bool((passes <= limit).all()), "no sample costs more than it may", f"{where}: {passes}")
+            met = _met(threat, y, c.fresh(r.x))
+            seen = f"{where}: {r.success}"
+            _hold(torch.equal(met, r.success), "success is what a fresh pass of the model says", seen)
+            kept = r.success | ~free.success | (spent + c.model.samples > limit)
+            _hold(bool(kept.all()), "what is found within the budget is returned", seen)
+        _hold(torch.equal(r.x, free.x), "a limit that is not reached changes nothing", where)
 
 
 def _leaves_no_trace(c: _Case) -> None:
@@ -226,12 +253,15 @@ def _finds_what_is_easy(c: _Case) -> None:
 def _easy(c: _Case) -> Iterator[tuple[Inputs, Labels, Threat]]:
     """Yield samples on both sides of :class:`Line`, with threats that reach a little further than the plane."""
     slack = 1.05 if isinstance(c.attack, GradientAttack) and c.norm in ("linf", "l2") else 4.0
+    if getattr(c.attack, "sizeless", False):
+        return
     noise = 0.1 * (c.x - c.model.domain.lo) / c.model.domain.width
     for x, label in ((noise + 0.3, 0), (noise + 0.6, 1)):
         eps = slack * float(_distance(x, c.norm).max())
         for targeted in (False, True):
             y = torch.full((SAMPLES,), 1 - label if targeted else label)
-            yield x, y, Threat(c.norm, float(round(eps)) if c.norm == "l0" else eps, targeted=targeted)
+            size = float(min(round(eps), x[0].numel())) if c.norm == "l0" else eps
+            yield x, y, Threat(c.norm, size, targeted=targeted)
 
 
 RULES: tuple[Callable[[_Case], None], ...] = (
@@ -240,11 +270,16 @@ RULES: tuple[Callable[[_Case], None], ...] = (
     _asks_inside_the_box,
     _keeps_what_it_found,
     _counts_every_pass,
+    _respects_a_budget,
     _a_sample_stands_alone,
     _leaves_no_trace,
     _repeats_itself,
     _finds_what_is_easy,
 )
+
+
+_OF_ONE_SAMPLE = (_keeps_what_it_found, _a_sample_stands_alone)
+"""Rules that an attack which finds one thing for all samples breaks by nature."""
 
 
 @final

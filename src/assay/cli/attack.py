@@ -1,7 +1,9 @@
 """``assay attack``: one attack by name."""
 
+import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,17 @@ def attack(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the attack, e.g. steps=200.")
     ] = None,
     target: Annotated[str | None, typer.Option(metavar="CLASS", help="Wanted class, by name or number.")] = None,
-    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Write adversarial images as PNG.")] = None,
+    save_images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write PNGs proved to fool when read back; sets --quantize 8."),
+    ] = None,
+    quantize: Annotated[
+        int | None, typer.Option(metavar="BITS", help="Look only for inputs whose values have this many bits.")
+    ] = None,
+    max_passes: Annotated[
+        int | None, typer.Option(metavar="N", help="Most passes, forward and backward together, a sample may cost.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write attack.json and adversarials.npz.")] = None,
     arch: o.Arch = None,
     box: o.BoxOpt = (0.0, 1.0),
     mean: o.Mean = None,
@@ -50,7 +62,7 @@ def attack(
     """Run one attack on every sample that the model gets right, and say what it broke and what that cost.
 
     assay attack demo:mnist-plain demo:mnist --with fgsm --threat linf:0.1 --limit 200
-    assay attack demo:mnist-plain demo:mnist --with targeted-ascent --threat linf --target 4 --save-images out
+    assay attack demo:mnist-plain demo:mnist --with targeted-ascent --threat linf --target 4 --save-images images
     """
     import torch
 
@@ -61,33 +73,76 @@ def attack(
 
     chosen = get(with_, **_parameters(set_ or []))
     samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    bits = _bits(quantize, samples.shape, save_images)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    place, parsed = o.device_of(device), Threat.parse(threat)
+    place, parsed = o.device_of(device), replace(Threat.parse(threat), quantize=bits)
     samples = samples.scaled(net.domain.lo, net.domain.hi)
     findings = check_data(samples, net.domain)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
     checked = check_model(net, samples, parsed, place)
     wanted = None if target is None else _class(target, samples, checked.classes)
-    parsed = Threat(parsed.norm, parsed.eps, parsed.box, targeted=wanted is not None)
-    if save_images is not None:
-        try:
-            save_images.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise RunError(f"a folder for images at {save_images}", str(e), "Choose another folder.") from e
-    work = _Work(chosen, checked.model, samples, parsed, wanted, seed, place, save_images)
-    for rows in torch.arange(len(samples)).split(batch_size or BLOCK):  # type: ignore[no-untyped-call]
+    for folder in (save_images, out):
+        _make(folder)
+    parsed = replace(parsed, targeted=wanted is not None)
+    work = _Work(chosen, checked.model, samples, parsed, wanted, seed, place, save_images, max_passes)
+    block = len(samples) if getattr(chosen, "shared", False) else BLOCK
+    for rows in torch.arange(len(samples)).split(batch_size or block):  # type: ignore[no-untyped-call]
         work.attack_rows(rows)
-    _show(
-        work.summary()
-        | {
-            "attack": with_,
-            "threat": threat,
-            "target": wanted,
-            "findings": [f.to_json() for f in (*findings, *checked.findings)],
-        },
-        as_json=as_json,
-        quiet=quiet,
-    )
+    result = work.summary() | {
+        "attack": with_,
+        "threat": threat,
+        "quantize": bits,
+        "max_passes": max_passes,
+        "target": wanted,
+        "findings": [f.to_json() for f in (*findings, *checked.findings)],
+    }
+    if out is not None:
+        _keep(out, result, chosen, work)
+    _show(result, as_json=as_json, quiet=quiet)
+
+
+def _bits(quantize: int | None, shape: tuple[int, ...], images: Path | None) -> int | None:
+    """Return the number of bits to look for: what PNG files hold, where images are to be saved."""
+    if images is None:
+        return quantize
+    from assay.data.png import check_saveable
+
+    check_saveable(shape)
+    if quantize not in (None, 8):
+        raise UsageError("--quantize 8 with --save-images", f"{quantize}", "PNG images have 8 bits; leave it out.")
+    return 8
+
+
+def _make(folder: Path | None) -> None:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"a folder to write to at {folder}", str(e), "Choose another folder.") from e
+
+
+def _clear(folder: Path | None) -> None:
+    """Remove images of an earlier attack, for nothing vouches for them any more."""
+    for path in [*folder.iterdir()] if folder is not None else ():
+        if re.fullmatch(r"\d{6,}-label-\d+\.png", path.name):
+            path.unlink()
+
+
+def _keep(folder: Path, result: dict[str, Any], attack: "Runnable", work: "_Work") -> None:
+    """Write what was found: ``attack.json``, and one row a sample that was attacked in ``adversarials.npz``."""
+    import numpy as np
+    import torch
+
+    from assay.attacks import describe_attack
+
+    columns = {k: torch.cat([b[k] for b in work.blocks]).numpy() for k in (work.blocks or [{}])[0]}
+    part = folder / ".adversarials.part.npz"
+    np.savez(part, **columns)  # type: ignore[arg-type]
+    part.replace(folder / "adversarials.npz")
+    text = json.dumps(result | {"parameters": describe_attack(attack), "seed": work.seed}, indent=1)
+    part = folder / ".attack.json.part"
+    part.write_text(text + "\n")
+    part.replace(folder / "attack.json")
 
 
 def _parameters(pairs: Iterable[str]) -> dict[str, str]:
@@ -122,13 +177,15 @@ class _Work:
     seed: int
     device: str
     folder: Path | None
+    max_passes: int | None
     attacked: int = 0
     broken: int = 0
     forwards: int = 0
     backwards: int = 0
-    saved: int = 0
-    survive: int = 0
+    written: int = 0
+    proved: int = 0
     sizes: list[float] = field(default_factory=list)
+    blocks: list[dict[str, "Tensor"]] = field(default_factory=list)
 
     def ask(self, x: "Tensor") -> "Tensor":
         """Return predicted labels."""
@@ -149,34 +206,45 @@ class _Work:
         if not len(at):
             return
         goal = y[at] if self.wanted is None else torch.full_like(y[at], self.wanted)
-        r = self.attack(self.model, x[at], goal, self.threat, self.seed, indices=rows[at], device=self.device)
+        how: dict[str, Any] = {"indices": rows[at], "device": self.device, "max_passes": self.max_passes}
+        r = self.attack(self.model, x[at], goal, self.threat, self.seed, **how)
+        if not self.attacked:
+            _clear(self.folder)
         self.attacked += len(at)
         self.broken += int(r.success.sum())
         self.forwards += int(r.forwards.sum())
         self.backwards += int(r.backwards.sum())
         self.sizes += r.size[r.success].tolist()
-        if self.folder is not None and r.success.any():
+        found = {n: getattr(r, n) for n in ("x", "success", "size", "forwards", "backwards")}
+        self.blocks.append({"index": rows[at], "label": y[at], **found})
+        if self.folder is not None:
             self._save(rows[at][r.success], y[at][r.success], r.x[r.success])
 
     def _save(self, rows: "Tensor", labels: "Tensor", x: "Tensor") -> None:
-        """Write PNGs, read them back, and ask the model again: only what fools then is counted as fooling."""
+        """Write PNGs, read them back, and ask the model again: only those that fool then are kept."""
         import torch
 
         from assay.data.png import read_png, write_png
 
         assert self.folder is not None
-        box, back = self.model.domain, []
-        for i, y, image in zip(rows.tolist(), labels.tolist(), x, strict=True):
-            path = self.folder / f"{i:06d}-label-{y}.png"
-            write_png(path, (image - box.lo) / box.width)
-            back.append(read_png(path) * box.width + box.lo)
-        guess = self.ask(torch.stack(back))
-        self.survive += int((guess != labels if self.wanted is None else guess == self.wanted).sum())
-        self.saved += len(back)
+        paths = [self.folder / f"{i:06d}-label-{y}.png" for i, y in zip(rows.tolist(), labels.tolist(), strict=True)]
+        trial = [p.with_name(f".{p.name}.unproved") for p in paths]
+        for path, image in zip(trial, x, strict=True):
+            write_png(path, image, self.model.domain)
+        back = [read_png(p, self.model.domain, x.dtype) for p in trial]
+        guess = self.ask(torch.stack(back)) if back else labels
+        fools = guess != labels if self.wanted is None else guess == self.wanted
+        for path, unproved, keep in zip(paths, trial, fools.tolist(), strict=True):
+            if keep:
+                unproved.replace(path)
+            else:
+                unproved.unlink()
+        self.written += len(paths)
+        self.proved += int(fools.sum())
 
     def summary(self) -> dict[str, Any]:
         sizes = sorted(self.sizes)
-        images = {"saved": self.saved, "fool_when_read_back": self.survive, "folder": str(self.folder)}
+        images = {"written": self.written, "proved": self.proved, "folder": str(self.folder)}
         return {
             "n": len(self.data),
             "attacked": self.attacked,
@@ -193,7 +261,10 @@ def _show(result: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
         o.emit(result)
         return
     rate = "-" if result["success_rate"] is None else f"{result['success_rate']:.1%}"
-    sentence = f"{result['attack']} within {result['threat']} broke {result['broken']} of {result['attacked']} ({rate})"
+    bits = f" at {result['quantize']} bits" if result["quantize"] else ""
+    sentence = (
+        f"{result['attack']} within {result['threat']}{bits} broke {result['broken']} of {result['attacked']} ({rate})"
+    )
     if quiet:
         typer.echo(sentence)
         return
@@ -209,7 +280,7 @@ def _show(result: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     if images := result["images"]:
         table.add_row(
             "images",
-            f"{images['saved']} in {images['folder']}; {images['fool_when_read_back']} still fool when read back",
+            f"{images['written']} written to {images['folder']}; the {images['proved']} kept fool when read back",
         )
     for finding in result["findings"]:
         table.add_row(f"{finding['severity']}: {finding['code']}", finding["message"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -79,23 +80,23 @@ class Registry(Generic[T]):
         return getattr(item, "__name__", type(item).__name__)
 
 
-def build(cls: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
-    """Build a dataclass from parameters that may be text (``steps=200``); a wrong name or value is an error.
+def build(make: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
+    """Call a class or a function with parameters that may be text (``steps=200``); a wrong name or value is an error.
 
     Raises:
-        UsageError: a parameter that ``cls`` does not have, or text that its type does not take.
+        UsageError: a parameter that ``make`` does not have, or text that its type does not take.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    known = inspect.signature(make).parameters
     for name in params:
-        if name not in fields:
-            raise UsageError(f"a parameter of {what}", repr(name), closest(name, [*fields]))
-    return cls(**{n: _coerce(v, fields[n], f"{what} {n}") for n, v in params.items()})
+        if name not in known:
+            raise UsageError(f"a parameter of {what}", repr(name), closest(name, [*known]))
+    return make(**{n: _coerce(v, known[n].default, f"{what} {n}") for n, v in params.items()})
 
 
-def _coerce(value: Any, field: "dataclasses.Field[Any]", what: str) -> Any:
+def _coerce(value: Any, default: Any, what: str) -> Any:
+    """Turn text into a value of the default's type."""
     if not isinstance(value, str):
         return value
-    default = field.default
     if isinstance(default, bool):
         truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if value.lower() in truth:

@@ -180,9 +180,9 @@ def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:
     near, far = p.full(0.0), p.full(1.0)
     for _ in range(SHRINK_PASSES):
         middle = (near + far) / 2
-        point = (p.x0 + per_sample(middle, x) * (x - p.x0)).clamp(p.lower, p.upper)
+        point = p.snap((p.x0 + per_sample(middle, x) * (x - p.x0)).clamp(p.lower, p.upper))
         logits = door.logits(point, p.rows)
-        holds = p.goal.clearly_reached(logits)
+        holds = p.goal.clearly_reached(logits) & p.allows(point)
         best, z = choose(holds, point, best), choose(holds, logits, z)
         near, far = torch.where(holds, near, middle), torch.where(holds, middle, far)
     return best, z

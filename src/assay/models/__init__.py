@@ -1,6 +1,7 @@
 """The one door to a model: wrapping, freezing and restoring it, counting what it is asked, and loading its files."""
 
+from assay.models.bpda import BPDA
 from assay.models.door import Decision, Door, Gradient, Loss, Measure, Score, Slopes
 from assay.models.model import Live, Model
 
-__all__ = ["Decision", "Door", "Gradient", "Live", "Loss", "Measure", "Model", "Score", "Slopes"]
+__all__ = ["BPDA", "Decision", "Door", "Gradient", "Live", "Loss", "Measure", "Model", "Score", "Slopes"]

@@ -182,11 +182,10 @@ class Door:
         rows, goal = p.rows[at], p.goal.take(at)
         n = len(rows)
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        seen = (
-            x
-            if through is None
-            else torch.cat([through(x[:n], torch.arange(at.start, at.stop, device=x.device)), x[n:]])
-        )
+        seen = x
+        if through is not None:
+            own = through(x[:n], torch.arange(at.start, at.stop, device=x.device))
+            seen = torch.cat([own, own[:1].detach().expand(len(x) - n, *own.shape[1:])])
         z = self._forward(self.live.search, seen, rows)
         self._check_labels(goal, z)
         values = measure(z, goal)

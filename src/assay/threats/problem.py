@@ -1,6 +1,5 @@
 """One batch to attack: all that an attack may look at besides the model's answers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows, choose, per_sample
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows, per_sample
+from assay.threats.levels import snapped
 from assay.threats.norms import TINY, Norm
 from assay.threats.threat import Box, Threat
 
@@ -75,7 +75,7 @@ class Problem:
     upper: Inputs
     draws: Draws
     rows: Rows
-    levels: int | None = None  # allowed points are multiples of width / levels, so that they can be saved
+    levels: int | None = None  # allowed points are lo plus multiples of width / levels, so that they can be saved
     warm: Inputs | None = None  # where to start, if an earlier attack says so
     clean_logits: Logits | None = None  # if known already
 
@@ -159,22 +159,13 @@ class Problem:
     def snap(self, x: Inputs) -> Inputs:
         """Return points as they are after saving, where ``levels`` says how; without levels, x.
 
-        To the nearest level inside box and ball; of round balls, to the nearest one on the way back to x0 if the
-        nearest would leave the ball.
+        They are the nearest ones inside box and ball, where there are any there: a small ball around values between
+        two levels may hold none.
         """
         if self.levels is None:
             return x
-        near = self._level(x, torch.round)
-        near = torch.where(near > self.upper, self._level(self.upper, torch.floor), near)
-        near = torch.where(near < self.lower, self._level(self.lower, torch.ceil), near)
-        back = torch.where(x > self.x0, self._level(x, torch.floor), self._level(x, torch.ceil))
-        return choose(self.allows(near), near, back)
-
-    def _level(self, x: Inputs, rounding: Callable[[Tensor], Tensor]) -> Inputs:
-        """Return what reading gives after saving x with this rounding."""
-        assert self.levels is not None
-        k = rounding((x - self.box.lo) / self.box.width * self.levels)
-        return k / self.levels * self.box.width + self.box.lo
+        power = {"l1": 1, "l2": 2}.get(self.norm.name)
+        return snapped(x, self.x0, (self.lower, self.upper), self.radius, power, self.box, self.levels)
 
     def ascend(self, x: Inputs, grad: Inputs, length: PerSample, support: int | Tensor = 1) -> Inputs:
         """Take one projected step of ``length`` (in the threat's norm) in the direction of steepest ascent."""

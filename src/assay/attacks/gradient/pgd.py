@@ -10,8 +10,9 @@ from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS
 from assay.core.registry import one_of
-from assay.core.types import Inputs
+from assay.core.types import Inputs, per_sample
 from assay.models.door import Gradient, Loss
+from assay.threats.norms import TINY
 from assay.threats.problem import STARTS, Problem
 
 
@@ -23,7 +24,7 @@ class PGDState(NamedTuple):
 
 
 @final
-@ATTACKS.register("pgd", norm=("linf", "l2", "l1"), access="gradient", kind="budget")
+@ATTACKS.register("pgd", norm=("linf", "l2", "l1", "l0"), access="gradient", kind="budget")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PGD(GradientAttack[PGDState]):
     """Projected gradient descent: x <- P(x + a * steepest(grad)), P onto ball and box together.
@@ -32,7 +33,7 @@ class PGD(GradientAttack[PGDState]):
 
     Args:
         steps: number of steps.
-        rel_step: length of the first step as a fraction of eps.
+        rel_step: length of the first step as a fraction of eps (l0: mean change of a coordinate, of half the box).
         decay: ``none``, or ``cosine``: lengths fall to 0 along half a cosine.
         momentum: share of the new step; the rest repeats the last move (1: none; APGD uses 0.75).
         start: ``uniform`` in the ball, on its ``sphere``, or ``clean``.
@@ -49,13 +50,14 @@ class PGD(GradientAttack[PGDState]):
         True
 
     *Differs from the paper in*: the l1 step, which moves the largest coordinates that the box leaves free
-    (Tramer & Boneh 2019, arXiv:1904.13000, sec. 3.2); best point instead of the last.
+    (Tramer & Boneh 2019, arXiv:1904.13000, sec. 3.2); the l0 ball counts coordinates, not pixels; best point instead
+    of the last.
 
     References:
-        Madry et al. 2018, arXiv:1706.06083, eq. 2 and sec. 2.1.
+        Madry et al. 2018, arXiv:1706.06083, eq. 2 and sec. 2.1; for l0 Croce & Hein 2019, arXiv:1909.05040, sec. 4.
     """
 
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     steps: int = 40
     rel_step: float = 0.1
     decay: str = "none"
@@ -74,13 +76,24 @@ class PGD(GradientAttack[PGDState]):
 
     def update(self, p: Problem, s: PGDState, e: Gradient, k: int) -> PGDState:
         fade = (1 + math.cos(math.pi * k / self.steps)) / 2 if self.decay == "cosine" else 1.0
-        x = p.ascend(s.x, free(p, s.x, e.grad), self.rel_step * fade * p.radius, self._support(p))
+        x = climb(p, s.x, e.grad, self.rel_step * fade, self.support)
         if self.momentum < 1 and k:
             x = p.project(s.x + self.momentum * (x - s.x) + (1 - self.momentum) * (s.x - s.previous))
         return PGDState(x, s.x)
 
-    def _support(self, p: Problem) -> int:
-        return max(1, round(self.support * p.x0[0].numel()))
+
+def climb(p: Problem, x: Inputs, grad: Inputs, rel_step: float, support: float) -> Inputs:
+    """Take one projected step of ``rel_step`` eps; in l1, of a share ``support`` of the coordinates or more.
+
+    For l0, whose ball says nothing about lengths, the gradient is scaled so that the mean change of a coordinate is
+    ``rel_step`` / 2 widths of the box; the projection then keeps the largest changes.
+    """
+    if p.norm.name == "l0":
+        scale = rel_step / 2 * p.box.width / grad.flatten(1).abs().mean(1).clamp_min(TINY)
+        return p.project(x + per_sample(scale, x) * grad)
+    needed = (rel_step * p.radius / p.box.width).ceil().long()  # fewer coordinates cannot hold the step inside the box
+    count = needed.clamp_min(max(1, round(support * p.x0[0].numel())))
+    return p.ascend(x, free(p, x, grad), rel_step * p.radius, count)
 
 
 def free(p: Problem, x: Inputs, grad: Inputs) -> Inputs:

@@ -17,40 +17,36 @@ from assay.threats.problem import Problem
 _EDGE = 1 - 1e-5
 """The tanh of the starting point stays this far inside, for at the box's ends the change of variables is flat."""
 
-_PATIENCE = 10
-"""A round is looked at this many times, and given up where the objective stands still."""
-
 
 class Weight(NamedTuple):
-    """The weight c of the goal against the size, between one that was too small and one that was large enough."""
+    """The weight c of the goal against the size, and where the search for the smallest that suffices stands."""
 
     c: PerSample
-    low: PerSample  # 0: none was too small yet
-    high: PerSample  # inf: none was large enough yet
-    met: Mask  # the goal, in this round
+    factor: PerSample  # by which c changes next
+    enough: PerSample  # 1: c sufficed in the last round, -1: it did not, 0: there was none
+    met: Mask  # the goal, in the later half of this round
     age: PerSample  # queries of this round so far
     round: PerSample
-    seen: PerSample  # objective at the last look
 
     @classmethod
-    def blank(cls, p: Problem) -> "Weight":
-        zero, never = p.full(0.0), p.full(torch.inf)
-        return cls(zero, zero, never, zero > 0, zero, zero, never)
+    def first(cls, p: Problem, c: PerSample, *, settled: Mask) -> "Weight":
+        """Return the weights to begin with; a sample that is ``settled`` needs no round."""
+        zero = p.full(0.0)
+        return cls(c, p.full(10.0), zero, zero > 0, zero, torch.where(settled, torch.inf, 0.0).to(c.dtype))
 
-    def tell(self, success: Mask, objective: PerSample, steps: int) -> tuple["Weight", Mask]:
+    def tell(self, success: Mask, steps: int) -> tuple["Weight", Mask]:
         """Note what a query told; return the weight to go on with, and the samples whose round is over.
 
-        A round ends after ``steps`` queries, or where the objective has not fallen since the last look. Then c is
-        bisected on a logarithmic scale; until there are bounds on both sides it changes by a factor of ten.
+        A round is ``steps`` queries, and c was enough if the goal is met in the later half of them. Then c falls by
+        a factor, else it rises by it; where that turned, the factor is the square root of the last one.
         """
-        met, age = self.met | success, self.age + 1
-        look = age % max(1, steps // _PATIENCE) == 0
-        over = (age >= steps) | (look & (objective > 0.9999 * self.seen))
-        low, high = torch.where(over & ~met, self.c, self.low), torch.where(over & met, self.c, self.high)
-        middle = torch.where(high.isinf(), 10 * low, torch.where(low == 0, high / 10, (low * high).sqrt()))
-        seen = torch.where(over, torch.inf, torch.where(look, objective, self.seen))
-        c, age, turn = torch.where(over, middle, self.c), torch.where(over, 0, age), self.round + over
-        return Weight(c, low, high, met & ~over, age, turn, seen), over
+        age = self.age + 1
+        met, over = self.met | (success & (2 * age > steps)), age >= steps
+        enough = met.to(self.c.dtype) * 2 - 1
+        factor = torch.where(over & (enough * self.enough < 0), self.factor.sqrt(), self.factor)
+        c = torch.where(over, self.c * factor**-enough, self.c).clamp(TINY, 1 / TINY)
+        enough, age = torch.where(over, enough, self.enough), torch.where(over, 0, age)
+        return Weight(c, factor, enough, met & ~over, age, self.round + over), over
 
 
 class Adam(NamedTuple):
@@ -70,12 +66,18 @@ class Adam(NamedTuple):
         direction: Tensor = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
         return Adam(first, second), direction
 
+    def blank_where(self, mask: Mask) -> "Adam":
+        """Return the means, forgotten for the samples of ``mask``."""
+        return Adam(*(choose(mask, torch.zeros_like(v), v) for v in self))
+
 
 class CarliniWagnerState(NamedTuple):
-    """The point, its preimage under the change of variables, the optimiser and the search for c."""
+    """The point, its preimage under the change of variables, the best one, the optimiser and the search for c."""
 
     x: Inputs
     w: Inputs
+    best: Inputs  # the preimage of the smallest success
+    size: PerSample  # of it
     adam: Adam
     weight: Weight
 
@@ -86,22 +88,23 @@ class CarliniWagnerState(NamedTuple):
 class CarliniWagner(GradientAttack[CarliniWagnerState]):
     """Descent on ||x - x0||^2 + c max(confidence - margin(x), 0), with a search for the smallest c that suffices.
 
-    x = (tanh(w) + 1) / 2 in units of the box, so that every w gives a point inside; Adam on w. Each round
-    starts at x0 again with a new c: larger if the last one met the goal nowhere, else smaller.
+    x = (tanh(w) + 1) / 2 in units of the box, so that every w gives a point inside; Adam on w. Each round has a
+    new c: larger if the goal was not met in the last one, else smaller.
 
-    *Sees* the gradient. *Cost* at most ``rounds * steps`` + 1 forwards, one backward fewer; rounds that stand still
-    end early.
+    *Sees* the gradient. *Cost* ``rounds * steps`` + 1 forwards, one backward fewer.
 
     Args:
-        steps: most steps of a round.
+        steps: steps of a round.
         rounds: number of values of c.
-        rate: learning rate.
+        rate: learning rate at first, in proportion to the smallest size so far; it falls to 0 along half a squared
+            cosine over all rounds.
         confidence: margin that is aimed at.
         loss: what is kept above ``confidence``; positive where the goal is met.
 
-    *Differs from the paper in*: the first c is the one that a linear model would need, so that the scale of the logits
-    does not matter (the paper starts at a constant); the bisection of c is on a logarithmic scale; the learning
-    rate falls to 0 along half a cosine in each round; every sample ends its rounds for itself.
+    *Differs from the paper in*: the first c is what a linear model would need, so that the scale of the logits does
+    not matter (the paper starts at a constant); a round starts at the smallest success so far, not at x0, and so can
+    be short; c rises and falls by factors that shrink to 1, so that a wrong answer can be made good (the paper
+    bisects); the learning rate falls; no round ends early.
 
     References:
         Carlini & Wagner 2017, arXiv:1608.04644, sec. V-B and VI-A.
@@ -110,9 +113,9 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
     norms: ClassVar[tuple[str, ...]] = ("l2",)
     minimal: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
-    steps: int = 200
-    rounds: int = 9
-    rate: float = 0.1
+    steps: int = 10
+    rounds: int = 50
+    rate: float = 0.3
     confidence: float = 0.0
     loss: Loss = margin
 
@@ -121,34 +124,33 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
         return self.rounds * self.steps
 
     def init(self, p: Problem) -> CarliniWagnerState:
-        w = self._start(p)
-        return CarliniWagnerState(p.x0, w, Adam.blank(w), Weight.blank(p))
+        x = p.start("clean")
+        w, never = (((x - p.box.lo) / p.box.width * 2 - 1) * _EDGE).atanh(), p.full(torch.inf)
+        return CarliniWagnerState(x, w, w, never, Adam.blank(w), Weight.first(p, never, settled=never < 0))
 
     def update(self, p: Problem, s: CarliniWagnerState, e: Gradient, k: int) -> CarliniWagnerState:
         weight = (
-            s.weight if k else s.weight._replace(c=linear_weight(p, e), round=torch.where(e.success, self.rounds, 0.0))
+            s.weight if k else Weight.first(p, linear_weight(p, e), settled=e.success & (s.x == p.x0).flatten(1).all(1))
         )
-        away, pull = (s.x - p.x0) / p.box.width, short(e, self.confidence) * weight.c
-        objective = away.flatten(1).square().sum(1) + pull * (self.confidence - e.loss)
-        slope = 2 * away - per_sample(pull, away) * e.grad * p.box.width
+        away, size = (s.x - p.x0) / p.box.width, p.size(s.x)
+        slope = 2 * away - per_sample(short(e, self.confidence) * weight.c, away) * e.grad * p.box.width
         adam, direction = s.adam.step(slope * (1 - s.w.tanh().square()) / 2, weight.age)
-        rate = self.rate * (1 + torch.cos(torch.pi * weight.age / self.steps)) / 2
-        w = s.w - per_sample(rate, s.w) * direction
-        weight, over = weight.tell(e.success, objective, self.steps)
-        w, adam = choose(over, self._start(p), w), Adam(*(choose(over, torch.zeros_like(v), v) for v in adam))
-        return CarliniWagnerState(self._point(p, w), w, adam, weight)
+        w = s.w - per_sample(self._rate(p, s.size, weight), s.w) * direction
+        better = e.success & (size < s.size)
+        best, size = choose(better, s.w, s.best), torch.where(better, size, s.size)
+        weight, over = weight.tell(e.success, self.steps)
+        w, adam = choose(over & size.isfinite(), best, w), adam.blank_where(over)
+        x = (p.box.lo + p.box.width * (w.tanh() + 1) / 2).clamp(p.lower, p.upper)
+        return CarliniWagnerState(x, w, best, size, adam, weight)
+
+    def _rate(self, p: Problem, size: PerSample, weight: Weight) -> PerSample:
+        progress = (weight.round + weight.age / self.steps) / self.rounds
+        fit = (10 * size / p.box.width / p.x0[0].numel() ** 0.5).clamp_max(1)
+        fade: Tensor = (0.5 + 0.5 * torch.cos(torch.pi * progress)).square()
+        return self.rate * fit * fade
 
     def done(self, s: CarliniWagnerState) -> Mask:
         return s.weight.round >= self.rounds
-
-    @staticmethod
-    def _start(p: Problem) -> Inputs:
-        x = p.start("clean")
-        return (((x - p.box.lo) / p.box.width * 2 - 1) * _EDGE).atanh()
-
-    @staticmethod
-    def _point(p: Problem, w: Inputs) -> Inputs:
-        return (p.box.lo + p.box.width * (w.tanh() + 1) / 2).clamp(p.lower, p.upper)
 
 
 def short(e: Gradient, confidence: float) -> PerSample:

@@ -1,0 +1,1 @@
+"""Attacks that find one thing for all samples of a call: a perturbation, a patch."""

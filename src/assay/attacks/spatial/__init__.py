@@ -1,0 +1,1 @@
+"""Attacks that move the values of an image instead of changing them."""

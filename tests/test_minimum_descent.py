@@ -1,0 +1,286 @@
+"""Minimal-norm attacks by gradient descent: linear models in closed form, and the published algorithms step by step."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from assay.attacks import ALMA, DDN, FMN, PDGD, PDPGD, Runnable, SigmaZero
+from assay.attacks.losses import margin
+from assay.attacks.minimum import pdpgd
+from assay.core.random import Draws
+from assay.core.types import Inputs
+from assay.models import Model
+from assay.threats import Threat
+from minimal_cases import Planes, TinyNet, by_search, inputs, labels, least
+
+SHAPES = [(12,), (2, 9), (1, 6, 6), (3, 6, 6)]
+"""Vectors, sequences, grey and colour images."""
+
+EXACT: list[tuple[Runnable, str]] = [
+    (FMN(steps=200), "linf"),
+    (FMN(steps=200), "l2"),
+    (FMN(steps=200), "l1"),
+    (FMN(steps=200), "l0"),
+    (DDN(steps=200, loss=margin), "l2"),
+    (SigmaZero(steps=300), "l0"),
+]
+"""Attacks that find the least perturbation of a linear model, to one in a hundred."""
+
+
+def name(v: object) -> str:
+    return v if isinstance(v, str) else type(v).__name__
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_least_perturbation_of_a_linear_model_is_found(attack: Runnable, norm: str, shape: tuple[int, ...]) -> None:
+    for c in (2, 3, 10):
+        net, x = Planes(shape, c), inputs(shape)
+        y = labels(net, x)
+        assert_least(attack(net, x, y, Threat(norm)).size, least(net, x, y, norm), norm)
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+def test_a_target_is_reached_as_cheaply(attack: Runnable, norm: str) -> None:
+    net, x = Planes((12,), 2), inputs((12,))
+    target = 1 - labels(net, x)
+    found = attack(net, x, target, Threat(norm, targeted=True)).size
+    assert_least(found, least(net, x, 1 - target, norm, target), norm)
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+def test_one_sample_of_float64_is_enough(attack: Runnable, norm: str) -> None:
+    net, x = Planes((12,), 3), inputs((12,), b=1, dtype=torch.float64)
+    y = labels(net, x)
+    r = attack(net, x, y, Threat(norm))
+    assert r.x.dtype == torch.float64
+    assert_least(r.size, least(net, x, y, norm), norm)
+
+
+class Half(nn.Module):
+    """A network that computes in bfloat16, with eight bits of mantissa."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x.bfloat16()).float()
+        return out
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+def test_a_coarse_model_costs_no_more_than_its_rounding(attack: Runnable, norm: str) -> None:
+    net, x = Planes((12,), 2, scale=4.0), inputs((12,))
+    net.requires_grad_(False)
+    y = labels(net, x)
+    found, exact = attack(Half(net), x, y, Threat(norm)).size.double(), least(net, x, y, norm)
+    slope = (net.weight[0] - net.weight[1]).flatten().double()
+    dual = {"linf": slope.abs().sum(), "l2": slope.norm(), "l1": slope.abs().max(), "l0": slope.abs().max()}[norm]
+    rounding = 2**-7 * float(net(x).abs().max() + net.bias.abs().max()) / float(dual)
+    assert (found <= 1.01 * exact + (1 if norm == "l0" else rounding)).all()
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm", "slack"),
+    [
+        (PDGD(steps=300), "l2", 1.35),
+        (PDPGD(steps=300), "linf", 1.7),
+        (PDPGD(steps=300), "l1", 1.5),
+        (ALMA(steps=300), "l2", 1.55),
+    ],
+    ids=name,
+)
+def test_slower_methods_come_near(attack: Runnable, norm: str, slack: float) -> None:
+    """Their steps have a length of their own, whatever the distance to the boundary."""
+    net, x = Planes((1, 6, 6), 3), inputs((1, 6, 6))
+    y = labels(net, x)
+    exact = least(net, x, y, norm)
+    found = attack(net, x, y, Threat(norm)).size.double()
+    assert (found >= exact * (1 - 1e-5)).all()
+    assert (found <= slack * exact).all()
+
+
+def assert_least(found: Tensor, exact: Tensor, norm: str) -> None:
+    if norm == "l0":
+        assert torch.equal(found.double(), exact), (found, exact)
+        return
+    assert (found.double() >= exact * (1 - 1e-5)).all()
+    assert (found.double() <= exact * 1.01).all(), found / exact
+
+
+@pytest.mark.parametrize(("norm", "share"), [("linf", 0.9), ("l2", 0.9), ("l1", 0.75)])
+def test_tiny_networks_against_exhaustive_search(norm: str, share: float) -> None:
+    """Descent may end in another local minimum, so most samples count, not all."""
+    x = Draws.of(5, torch.arange(24)).uniform((2,))
+    near = []
+    for seed in (0, 1, 2):
+        net = TinyNet(seed=seed)
+        y = labels(net, x)
+        exact = by_search(net, x, y, norm, points=301)
+        found = FMN(steps=100)(net, x, y, Threat(norm)).size.double()
+        there = exact.isfinite()
+        assert (found >= exact - 2 / 300 * 2)[there].all()
+        near.append((found <= 1.15 * exact + 0.01)[there])
+    assert torch.cat(near).double().mean() > share
+
+
+# Step by step: what is asked, against the papers' pseudo-code for one sample, written plainly.
+
+
+class Asked(nn.Module):
+    """A smooth network that remembers the points it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = Draws.of(3, torch.arange(8))
+        self.a, self.b = draws.normal((6,)).double(), draws.fold(1).normal((4,)).double()[:8].T
+        self.points: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.points.append(x.detach()[:1].clone())
+        return torch.tanh((x - 0.5) @ self.a.T) @ self.b.T * 2
+
+
+def asked(attack: Runnable, norm: str) -> tuple[list[Tensor], Tensor, Tensor, Asked]:
+    net, x = Asked(), inputs((6,), b=1, seed=9, dtype=torch.float64)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    net.points.clear()
+    attack(Model(net), x, y, Threat(norm))
+    return [v[0] for v in net.points], x[0], y, net
+
+
+def slope(net: Asked, x: Tensor, y: Tensor, loss: str) -> tuple[bool, Tensor, Tensor]:
+    """Return whether x is adversarial, the loss that is ascended, and its gradient."""
+    v = x.clone().requires_grad_()
+    z = net(v[None])
+    other = z.scatter(1, y[:, None], -torch.inf).amax()
+    value = other - z[0, y[0]] if loss == "margin" else nn.functional.cross_entropy(z, y)
+    (grad,) = torch.autograd.grad(value, v)
+    return bool(other > z[0, y[0]]), value.detach(), grad
+
+
+def test_ddn_is_the_published_algorithm() -> None:
+    """Rony et al. 2019, arXiv:1811.09600, algorithm 1."""
+    points, x0, y, net = asked(DDN(steps=40), "l2")
+    delta, radius = torch.zeros_like(x0), 1.0
+    most = float(torch.maximum(x0, 1 - x0).norm())
+    for k in range(40):
+        torch.testing.assert_close(points[k], x0 + delta)
+        adversarial, _, grad = slope(net, x0 + delta, y, "ce")
+        delta = delta + (0.01 + 0.99 * (1 + math.cos(math.pi * k / 40)) / 2) * grad / grad.norm()
+        radius = min(most, radius * (0.95 if adversarial else 1.05))
+        delta = (x0 + radius * delta / delta.norm()).clamp(0, 1) - x0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_fmn_is_the_published_algorithm(norm: str) -> None:
+    """Pintor et al. 2021, arXiv:2102.12827, algorithm 1, with the differences that the docstring names."""
+    steps = 40
+    points, x0, y, net = asked(FMN(steps=steps), norm)
+    delta, best = torch.zeros_like(x0), math.inf
+    radius, most = (1.0 if norm == "l0" else math.inf), size(torch.maximum(x0, 1 - x0), norm)
+    for k in range(steps):
+        torch.testing.assert_close(points[k], x0 + delta, atol=3e-6, rtol=0)
+        delta = points[k] - x0  # so that rounding does not add up
+        adversarial, loss, grad = slope(net, x0 + delta, y, "margin")
+        fade = (1 + math.cos(math.pi * k / steps)) / 2
+        a, c = 0.01 + 0.99 * fade, 0.001 + 0.049 * fade
+        best = min(best, size(delta, norm)) if adversarial else best
+        radius = min(most, next_radius(norm, adversarial, radius, best, c, size(delta, norm), loss, grad))
+        step = radius * grad.sign() if norm == "linf" else grad / grad.norm()
+        delta = into_ball(x0, delta + a * step, radius, norm, stretch=math.isinf(best))
+
+
+def next_radius(
+    norm: str, adversarial: bool, radius: float, best: float, c: float, now: float, loss: Tensor, grad: Tensor
+) -> float:
+    if norm == "l0":
+        fewer, more = min(radius - 1, math.floor(radius * (1 - c)), best), max(radius + 1, math.floor(radius * (1 + c)))
+        return max(1, fewer if adversarial else more)
+    if adversarial:
+        return min(radius * (1 - c), best)
+    dual = {"linf": grad.abs().sum(), "l2": grad.norm(), "l1": grad.abs().max()}[norm]
+    return radius * (1 + c) if math.isfinite(best) else (now + abs(float(loss)) / float(dual)) * (1 + c)
+
+
+def size(d: Tensor, norm: str) -> float:
+    orders = {"linf": math.inf, "l2": 2, "l1": 1, "l0": 0}
+    return float(torch.linalg.vector_norm(d, ord=orders[norm]))
+
+
+def into_ball(x0: Tensor, d: Tensor, radius: float, norm: str, *, stretch: bool) -> Tensor:
+    """Return the point of ball and box that is nearest to d, found by bisection over its multiplier."""
+    if stretch and norm != "l0":
+        d = d * max(1.0, radius / size(d, norm))
+    low, high = -x0, 1 - x0
+    inside = torch.maximum(torch.minimum(d, high), low)
+    if size(inside, norm) <= radius:
+        return inside
+    if norm == "l0":
+        kept = (inside * (2 * d - inside)).argsort(descending=True)[: int(radius)]
+        return torch.zeros_like(d).scatter(0, kept, inside[kept])
+    shrink = {"linf": lambda t: d.clamp(-t, t), "l2": lambda t: d * t, "l1": lambda t: d.sign() * (d.abs() - t).relu()}
+    few, many = (0.0, 1.0) if norm == "l2" else (0.0, float(d.abs().max()))
+    for _ in range(100):
+        t = (few + many) / 2
+        small = size(torch.maximum(torch.minimum(shrink[norm](t), high), low), norm) <= radius
+        few, many = (t, many) if small != (norm == "l1") else (few, t)
+    return torch.maximum(torch.minimum(shrink[norm](t), high), low)
+
+
+# The proximal operators, against a grid.
+
+
+@pytest.mark.parametrize(
+    ("operator", "penalty"),
+    [
+        (pdpgd.proximal_l1, lambda z: z.abs()),
+        (pdpgd.proximal_l0, lambda z: (z != 0).double()),
+        (pdpgd.proximal_two_thirds, lambda z: z.abs() ** (2 / 3)),
+    ],
+    ids=["l1", "l0", "l2/3"],
+)
+def test_proximal_operators_are_minimisers(operator: object, penalty: object) -> None:
+    d = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None]
+    grid = torch.linspace(-2, 2, 8001, dtype=torch.float64)
+    grid = torch.where(grid.abs() < 1e-9, 0, grid)
+    for weight in (1e-3, 0.1, 0.7):
+        z: Inputs = operator(d, torch.full((41,), weight, dtype=torch.float64))  # type: ignore[operator]
+        value = (z - d)[:, 0] ** 2 / 2 + weight * penalty(z)[:, 0]  # type: ignore[operator]
+        best = ((grid - d) ** 2 / 2 + weight * penalty(grid)).amin(1)  # type: ignore[operator]
+        assert (value <= best + 1e-9).all()
+
+
+def test_the_proximal_operator_of_the_largest_value() -> None:
+    d = Draws.of(1, torch.arange(20)).normal((7,)).double()
+    weight = torch.full((20,), 0.8, dtype=torch.float64)
+    z = pdpgd.proximal_linf(d, weight)
+    levels = torch.linspace(0, 4, 4001, dtype=torch.float64)[:, None, None]
+    values = ((d.clamp(-levels, levels) - d) ** 2).sum(2) / 2 + 0.8 * levels[:, :, 0]
+    found = ((z - d) ** 2).sum(1) / 2 + 0.8 * z.abs().amax(1)
+    assert (found <= values.amin(0) + 1e-9).all()
+
+
+@pytest.mark.parametrize("attack", [FMN(steps=20), DDN(steps=20), PDGD(steps=20), ALMA(steps=20)], ids=name)
+def test_a_model_without_gradients_makes_no_nan(attack: Runnable) -> None:
+    class Step(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = (x.mean(1) > 0.5).to(x) + 0 * x.mean(1)
+            return torch.stack([1 - z, z], 1)
+
+    x = inputs((6,))
+    r = attack(Step(), x, labels(Step(), x), Threat("l2"))
+    assert r.x.isfinite().all()
+
+
+def test_samples_that_are_wrong_already_cost_one_step() -> None:
+    net, x = Planes((12,), 3), inputs((12,))
+    wrong = (labels(net, x) + 1) % 3
+    for attack in (FMN(steps=50), DDN(steps=50), PDGD(steps=50), ALMA(steps=50)):
+        r = attack(net, x, wrong, Threat("l2"))
+        assert (r.size == 0).all()
+        assert (r.forwards <= 3).all()
