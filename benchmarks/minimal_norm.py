@@ -48,14 +48,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import assay
-from assay.attacks.combine import Bisect
+from assay.attacks.combine import Bisect, Cascade
 from assay.models.demo.nets import mnist_cnn
 
 NORMS = ("linf", "l2", "l1", "l0")
 PACKAGES = {"adv-lib": "adv-lib", "Foolbox": "foolbox", "torchattacks": "torchattacks"}
 PACKAGES["ART"] = "adversarial-robustness-toolbox"
 
-COST = {"deepfool": 10, "fab": 11, "trust-region": 4, "ead": 3, "vfga": 12, "jsma": 3}
+COST = {"deepfool": 10, "fab": 3, "superdeepfool": 4, "sparsefool": 4, "ead": 3, "vfga": 12, "jsma": 3}
 """Passes a step (in each round, where an attack has rounds) of assay's attacks; 2 where nothing is said."""
 
 
@@ -187,6 +187,8 @@ def ours(norm: str) -> dict[str, Callable[[int], Any]]:
         name: partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal")
     }
     searched = ("apgd", "pgd") if norm != "l0" else ()
+    second = "sigma-zero" if norm == "l0" else "fab"
+    made[f"inward, {second}"] = partial(paired, second)
     return made | {f"bisect({name})": partial(bisected, name) for name in searched}
 
 
@@ -195,8 +197,13 @@ def sized(name: str, budget: int) -> Any:
     attack = assay.attacks.get(name)
     knobs = {f.name for f in fields(attack)}
     rounds = attack.rounds if "rounds" in knobs else 1
-    steps = max(1, budget // (COST.get(name, 2) * rounds))
+    steps = max(1, (budget - 5) // (COST.get(name, 2) * rounds))  # what is left is for last queries and verification
     return replace(attack, steps=steps) if "steps" in knobs else attack
+
+
+def paired(second: str, budget: int) -> Any:
+    """Return walks from outside and a second opinion, which gets a fifth of the budget."""
+    return Cascade((sized("inward", budget - budget // 5), sized(second, budget // 5)))
 
 
 def bisected(name: str, budget: int) -> Any:

@@ -1,32 +1,60 @@
 """Minimal-norm attacks by gradient descent: linear models in closed form, and the published algorithms step by step."""
 
 import math
+from dataclasses import dataclass
+from typing import final
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from assay.attacks import ALMA, DDN, FMN, PDGD, PDPGD, Runnable, SigmaZero
+from assay.attacks import ALMA, DDN, FMN, PDGD, PDPGD, Outcome, Runnable, SigmaZero
 from assay.attacks.losses import margin
 from assay.attacks.minimum import pdpgd
 from assay.core.random import Draws
-from assay.core.types import Inputs
-from assay.models import Model
-from assay.threats import Threat
+from assay.core.types import Inputs, choose
+from assay.models import Door, Model
+from assay.threats import Problem, Threat
 from minimal_cases import Planes, TinyNet, by_search, inputs, labels, least
 
 SHAPES = [(12,), (2, 9), (1, 6, 6), (3, 6, 6)]
 """Vectors, sequences, grey and colour images."""
 
 EXACT: list[tuple[Runnable, str]] = [
-    (FMN(steps=200), "linf"),
-    (FMN(steps=200), "l2"),
-    (FMN(steps=200), "l1"),
-    (FMN(steps=200), "l0"),
-    (DDN(steps=200, loss=margin), "l2"),
-    (SigmaZero(steps=300), "l0"),
+    (FMN(steps=40), "linf"),
+    (FMN(steps=40), "l2"),
+    (FMN(steps=40), "l1"),
+    (FMN(steps=40), "l0"),
+    (DDN(steps=40), "l2"),
+    (PDGD(steps=60), "l2"),
+    (PDPGD(steps=60), "linf"),
+    (PDPGD(steps=60), "l1"),
+    (PDPGD(steps=60), "l0"),
+    (ALMA(steps=60), "l2"),
+    (ALMA(steps=60), "l1"),
+    (SigmaZero(steps=60), "l0"),
 ]
 """Attacks that find the least perturbation of a linear model, to one in a hundred."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ByEveryRival(Runnable):
+    """The smallest of what an attack finds by way of each class.
+
+    Alone, an attack stays with the rival that it meets first, even where another one's plane is nearer.
+    """
+
+    attack: Runnable
+    classes: int
+
+    def run(self, door: Door, p: Problem, *, full: bool = False) -> Outcome:
+        best = Outcome.nothing(p)
+        for rival in range(self.classes):
+            out = self.attack.run(door, p.toward(torch.full_like(p.rows, rival)), full=full)
+            smaller = out.success & (~best.success | (p.size(out.x) < p.size(best.x)))
+            best = Outcome(choose(smaller, out.x, best.x), best.success | out.success, best.by)
+        return best
 
 
 def name(v: object) -> str:
@@ -36,10 +64,36 @@ def name(v: object) -> str:
 @pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_least_perturbation_of_a_linear_model_is_found(attack: Runnable, norm: str, shape: tuple[int, ...]) -> None:
-    for c in (2, 3, 10):
-        net, x = Planes(shape, c), inputs(shape)
-        y = labels(net, x)
-        assert_least(attack(net, x, y, Threat(norm)).size, least(net, x, y, norm), norm)
+    net, x = Planes(shape, 2), inputs(shape)
+    y = labels(net, x)
+    assert_least(attack(net, x, y, Threat(norm)).size, least(net, x, y, norm), norm)
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+@pytest.mark.parametrize("c", [3, 5, 10])
+def test_of_many_planes_the_nearest_is_found_when_each_is_tried(attack: Runnable, norm: str, c: int) -> None:
+    net, x = Planes((12,), c), inputs((12,), b=2)
+    y = labels(net, x)
+    found = ByEveryRival(attack, c)(net, x, y, Threat(norm)).size
+    assert_least(found, least(net, x, y, norm), norm)
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+def test_of_many_planes_mostly_the_nearest_is_found_at_once(attack: Runnable, norm: str) -> None:
+    net, x = Planes((1, 6, 6), 10), inputs((1, 6, 6), b=10)
+    y = labels(net, x)
+    found, exact = attack(net, x, y, Threat(norm)).size.double(), least(net, x, y, norm)
+    assert (found >= exact * (1 - 1e-5)).all()
+    assert (found <= exact * 1.01).double().mean() >= 0.8
+
+
+@pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
+@pytest.mark.parametrize("scale", [0.05, 100.0])
+def test_the_scale_of_the_logits_does_not_matter(attack: Runnable, norm: str, scale: float) -> None:
+    net, x = Planes((1, 6, 6), 2, scale=scale), inputs((1, 6, 6))
+    net.bias.data = -net.weight.detach().sum(1) / 2 + scale * net.bias.new_tensor([0.0, 0.02])
+    y = labels(net, x)
+    assert_least(attack(net, x, y, Threat(norm)).size, least(net, x, y, norm), norm)
 
 
 @pytest.mark.parametrize(("attack", "norm"), EXACT, ids=name)
@@ -81,26 +135,6 @@ def test_a_coarse_model_costs_no_more_than_its_rounding(attack: Runnable, norm: 
     dual = {"linf": slope.abs().sum(), "l2": slope.norm(), "l1": slope.abs().max(), "l0": slope.abs().max()}[norm]
     rounding = 2**-7 * float(net(x).abs().max() + net.bias.abs().max()) / float(dual)
     assert (found <= 1.01 * exact + (1 if norm == "l0" else rounding)).all()
-
-
-@pytest.mark.parametrize(
-    ("attack", "norm", "slack"),
-    [
-        (PDGD(steps=300), "l2", 1.35),
-        (PDPGD(steps=300), "linf", 1.7),
-        (PDPGD(steps=300), "l1", 1.5),
-        (ALMA(steps=300), "l2", 1.55),
-    ],
-    ids=name,
-)
-def test_slower_methods_come_near(attack: Runnable, norm: str, slack: float) -> None:
-    """Their steps have a length of their own, whatever the distance to the boundary."""
-    net, x = Planes((1, 6, 6), 3), inputs((1, 6, 6))
-    y = labels(net, x)
-    exact = least(net, x, y, norm)
-    found = attack(net, x, y, Threat(norm)).size.double()
-    assert (found >= exact * (1 - 1e-5)).all()
-    assert (found <= slack * exact).all()
 
 
 def assert_least(found: Tensor, exact: Tensor, norm: str) -> None:
@@ -165,7 +199,7 @@ def slope(net: Asked, x: Tensor, y: Tensor, loss: str) -> tuple[bool, Tensor, Te
 
 def test_ddn_is_the_published_algorithm() -> None:
     """Rony et al. 2019, arXiv:1811.09600, algorithm 1."""
-    points, x0, y, net = asked(DDN(steps=40), "l2")
+    points, x0, y, net = asked(DDN(steps=40, closing=0), "l2")
     delta, radius = torch.zeros_like(x0), 1.0
     most = float(torch.maximum(x0, 1 - x0).norm())
     for k in range(40):
@@ -180,7 +214,7 @@ def test_ddn_is_the_published_algorithm() -> None:
 def test_fmn_is_the_published_algorithm(norm: str) -> None:
     """Pintor et al. 2021, arXiv:2102.12827, algorithm 1, with the differences that the docstring names."""
     steps = 40
-    points, x0, y, net = asked(FMN(steps=steps), norm)
+    points, x0, y, net = asked(FMN(steps=steps, closing=0), norm)
     delta, best = torch.zeros_like(x0), math.inf
     radius, most = (1.0 if norm == "l0" else math.inf), size(torch.maximum(x0, 1 - x0), norm)
     for k in range(steps):
@@ -204,7 +238,10 @@ def next_radius(
     if adversarial:
         return min(radius * (1 - c), best)
     dual = {"linf": grad.abs().sum(), "l2": grad.norm(), "l1": grad.abs().max()}[norm]
-    return radius * (1 + c) if math.isfinite(best) else (now + abs(float(loss)) / float(dual)) * (1 + c)
+    if math.isfinite(best):
+        return radius * (1 + c)
+    linear = now + abs(float(loss)) / float(dual)
+    return (1 + c) * (linear if math.isinf(radius) else max(linear, radius))
 
 
 def size(d: Tensor, norm: str) -> float:
@@ -213,10 +250,11 @@ def size(d: Tensor, norm: str) -> float:
 
 
 def into_ball(x0: Tensor, d: Tensor, radius: float, norm: str, *, stretch: bool) -> Tensor:
-    """Return the point of ball and box that is nearest to d, found by bisection over its multiplier."""
-    if stretch and norm != "l0":
-        d = d * max(1.0, radius / size(d, norm))
+    """Return the point of ball and box that is nearest to d, by bisection over its multiplier; stretched if asked."""
     low, high = -x0, 1 - x0
+    if stretch and norm != "l0":
+        d = into_ball(x0, d, radius, norm, stretch=False)
+        return torch.maximum(torch.minimum(d * max(1.0, radius / size(d, norm)), high), low)
     inside = torch.maximum(torch.minimum(d, high), low)
     if size(inside, norm) <= radius:
         return inside

@@ -15,17 +15,22 @@ from assay.attacks.losses import LOSSES
 from assay.attacks.minimum.alma import ALMA
 from assay.attacks.minimum.brendel_bethge import BrendelBethge
 from assay.attacks.minimum.carlini_wagner import CarliniWagner
+from assay.attacks.minimum.carlini_wagner_l0 import CarliniWagnerL0
+from assay.attacks.minimum.carlini_wagner_linf import CarliniWagnerLinf
 from assay.attacks.minimum.ddn import DDN
 from assay.attacks.minimum.deepfool import DeepFool
 from assay.attacks.minimum.ead import EAD
 from assay.attacks.minimum.fab import FAB
 from assay.attacks.minimum.fmn import FMN
+from assay.attacks.minimum.inward import Inward
+from assay.attacks.minimum.jsma import JSMA
 from assay.attacks.minimum.pdgd import PDGD
 from assay.attacks.minimum.pdpgd import PDPGD
 from assay.attacks.minimum.sigma_zero import SigmaZero
 from assay.attacks.minimum.sparsefool import SparseFool
 from assay.attacks.minimum.superdeepfool import SuperDeepFool
 from assay.attacks.minimum.trust_region import TrustRegion
+from assay.attacks.minimum.vfga import VFGA
 from assay.attacks.registry import ATTACKS, describe_attack, get, names
 from assay.attacks.score.square import Square
 from assay.attacks.shared.ascent import SharedAttack
@@ -45,20 +50,25 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "LOSSES",
     "PDGD",
     "PDPGD",
     "PGD",
     "RFGSM",
+    "VFGA",
     "Bisect",
     "BrendelBethge",
     "CarliniWagner",
+    "CarliniWagnerL0",
+    "CarliniWagnerLinf",
     "Cascade",
     "Chain",
     "DecisionAttack",
     "DeepFool",
     "Diversity",
     "GradientAttack",
+    "Inward",
     "Momentum",
     "Outcome",
     "OutputDiversified",

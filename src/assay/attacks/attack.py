@@ -33,6 +33,9 @@ class Outcome:
         none = torch.zeros_like(p.rows, dtype=torch.bool)
         return cls(p.x0, none, torch.full_like(p.rows, -1))
 
+    def take(self, rows: Tensor) -> "Outcome":
+        return Outcome(self.x[rows], self.success[rows], self.by[rows])
+
     def updated(self, rows: Tensor, other: "Outcome", by: int) -> "Outcome":
         """Return this outcome with the rows of ``other`` put in; its successes are credited to part ``by``."""
         credit = torch.where(other.success, by, self.by[rows])

@@ -20,6 +20,9 @@ from assay.threats.problem import Problem
 class Cascade(Runnable):
     """Runs each attack on the samples that every earlier one left standing.
 
+    Without an eps, runs all attacks on all samples and keeps the smallest perturbation of each; likewise
+    :class:`Restarts`, :class:`Targets` and :class:`Chain`.
+
     The published ensemble is a value: ``Cascade((APGD(), Targets(APGD(loss=dlr), 9), ...))``
     (Croce & Hein 2020, arXiv:2003.01690, sec. 6).
     """
@@ -142,12 +145,20 @@ def _clean_logits(door: Door, p: Problem) -> Logits:
 
 
 def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: int, *, full: bool = False) -> Outcome:
-    """Run part ``number`` of a combination on the samples that have not fallen yet; return the joint outcome."""
-    rows = (~out.success).nonzero()[:, 0]
+    """Run part ``number`` of a combination on the samples that have not fallen yet; return the joint outcome.
+
+    Where the smallest perturbation is wanted, on all samples; the smallest success so far is kept.
+    """
+    rows = (~out.success | p.minimal).nonzero()[:, 0]
     if not len(rows):
         return out
+    new, old = attack.run(door, p.take(rows).stage(number), full=full), out.success[rows]
+    if p.minimal:
+        q = p.take(rows)
+        worse = old & ~(new.success & (q.size(new.x) < q.size(out.x[rows])))
+        rows, new = rows[~worse], new.take((~worse).nonzero()[:, 0])
     # Where all parts fail, the point of the last one is left: losses differ, so there is no strongest.
-    return out.updated(rows, attack.run(door, p.take(rows).stage(number), full=full), by=number)
+    return out.updated(rows, new, by=number)
 
 
 @final

@@ -7,7 +7,20 @@ Every stage attacks what the earlier ones left standing, cheapest first. The fig
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from assay.attacks import APGD, LOSSES, PGD, Bisect, Cascade, Restarts, Runnable, Square, Targets, describe_attack
+from assay.attacks import (
+    APGD,
+    FAB,
+    LOSSES,
+    PGD,
+    Bisect,
+    Cascade,
+    Inward,
+    Runnable,
+    SigmaZero,
+    Square,
+    Targets,
+    describe_attack,
+)
 from assay.core.errors import ThreatError
 from assay.threats import Threat
 
@@ -32,6 +45,11 @@ def _sprint(steps: int) -> Stage:
     return Stage("pgd-margin", pgd)
 
 
+def _inward(steps: int) -> Stage:
+    """Return walks from outside: they find what is hidden from every search that starts at the clean input."""
+    return Stage("inward", Inward(steps=steps))
+
+
 def _square(steps: int) -> Stage:
     return Stage("square", Square(steps=steps))
 
@@ -39,19 +57,21 @@ def _square(steps: int) -> Stage:
 EFFORTS: Final[dict[str, tuple[Stage, ...]]] = {
     "quick": (
         _sprint(10),
-        Stage("apgd-ce", APGD(steps=20)),
+        _inward(40),
         Stage("apgd-targeted", Targets(APGD(steps=15, loss=_DLR), 2)),
         _square(50),
     ),
     "standard": (
         _sprint(20),
-        Stage("apgd-ce", Restarts(APGD(steps=75), 3)),
+        Stage("apgd-ce", APGD(steps=75)),
+        _inward(300),
         Stage("apgd-targeted", Targets(APGD(steps=30, loss=_DLR), 5)),
         _square(1500),
     ),
     "thorough": (
         _sprint(40),
-        Stage("apgd-ce", Restarts(APGD(steps=100), 5)),
+        Stage("apgd-ce", APGD(steps=100)),
+        _inward(1000),
         Stage("apgd-targeted", Targets(APGD(steps=100, loss=_DLR), 9)),
         _square(5000),
     ),
@@ -59,7 +79,7 @@ EFFORTS: Final[dict[str, tuple[Stage, ...]]] = {
 
 
 def stages_for(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
-    """Return the cascade of an effort for a threat; without an eps, a bisection over its first stages.
+    """Return the cascade of an effort for a threat; without an eps, searches for the smallest perturbation.
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
     gets a larger budget; where there are no others, it is alone.
@@ -68,25 +88,34 @@ def stages_for(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
         ThreatError: a norm that no cascade exists for.
     """
     norm = threat.norm.name
-    if norm not in _NORMS:
-        raise ThreatError(f"one of {', '.join(_NORMS)} to evaluate", norm, "Attacks for other norms come later.")
-    stages = _with_scores(effort, norm, blind)
-    if threat.eps is not None:
-        return stages
-    repeated = {"pgd-margin", "apgd-ce"} | ({"square"} if blind else set())
-    return (Stage("bisect", Bisect(Cascade(tuple(s.attack for s in stages if s.name in repeated)))),)
+    if norm not in _GRADIENT:
+        raise ThreatError(f"one of {', '.join(_GRADIENT)} to evaluate", norm, "Attacks for other norms come later.")
+    scores = _scores(effort, norm, blind)
+    if threat.eps is None:
+        search = Inward(steps=_STEPS[effort]), _SECOND[norm](steps=_STEPS[effort] // 4)
+        parts = search + tuple(Bisect(s.attack) for s in scores if blind)
+        return (Stage("smallest", Cascade(parts)),)
+    gradient = tuple(s for s in EFFORTS[effort] if s.name in _GRADIENT[norm])
+    return scores if blind == 1 and scores else (*gradient, *scores)
 
 
-def _with_scores(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
-    gradient = tuple(s for s in EFFORTS[effort] if s.name != "square")
+def _scores(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
     if norm not in Square.norms:
-        return gradient
-    if not blind:
-        return EFFORTS[effort]
-    square = _square(_BLIND_QUERIES[effort])
-    return (square,) if blind == 1 else (*gradient, square)
+        return ()
+    return (_square(_BLIND_QUERIES[effort]) if blind else EFFORTS[effort][-1],)
 
 
-_NORMS: Final = ("linf", "l2", "l1")
+_GRADIENT: Final = {
+    "linf": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
+    "l2": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
+    "l1": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
+    "l0": ("pgd-margin", "inward"),
+}
+
+_STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500}
+"""Steps of the search for the smallest perturbation; the second opinion takes a quarter as many."""
+
+_SECOND: Final = {"linf": FAB, "l2": FAB, "l1": FAB, "l0": SigmaZero}
+"""The attack that is best where walks from outside are of no use: on networks without hardening."""
 
 _BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000}

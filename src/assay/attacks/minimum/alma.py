@@ -5,16 +5,15 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 
-from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import dlr
-from assay.attacks.minimum.descent import unit
+from assay.attacks.minimum.descent import Descent, unit
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem
 
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-6
 """How far beyond the boundary the constraint is set, so that rounding cannot undo a success."""
 
 _HALVINGS = 30
@@ -31,62 +30,63 @@ class ALMAState(NamedTuple):
     penalty: PerSample
     reviewed: PerSample  # the constraint at the last review
     found: PerSample  # the query of the first success; inf before
-    over: Mask  # the clean input met the goal
 
 
 @final
 @ATTACKS.register("alma", norm=("l2", "l1"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ALMA(GradientAttack[ALMAState]):
+class ALMA(Descent[ALMAState]):
     """Augmented Lagrangian attack: descends |x - x0| + P(y; rho, mu), y = -DLR, with RMSProp and momentum.
 
     P = mu y + mu rho y^2 + rho^2 y^3 / 6 where y >= 0, else mu y / (1 - rho y). mu is a running mean of P'(y).
     At every review, rho grows where no success was found and y did not fall enough. The first rate makes a first step
     of a set length; after the first success the rate falls geometrically.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards.
+    The last steps close in as :class:`Descent` says.
+
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
     Args:
         steps: number of steps.
-        first: size of the first step, in widths of the box; None for 0.1 in l2 and 0.5 in l1.
+        start: size of the first step, in widths of the box; None for 0.1 in l2 and 0.5 in l1.
         last_step: last rate as a share of the first.
         keep: share that running means and momentum keep.
         review: steps between two reviews.
         enough: y must fall below this share of its value at the last review.
         grow: factor of rho.
+        closing: further steps that close in; 0 for none, as in the paper.
         loss: the constraint is that it is positive.
 
-    *Differs from the paper in*: the small tolerance is added to the ratio, not to the difference of logits.
+    *Differs from the paper in*: the small tolerance is added to the ratio, not to the difference of logits; closing in.
 
     References:
         Rony et al. 2021, arXiv:2011.11857, algorithm 1.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2", "l1")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 1000
-    first: float | None = None
+    start: float | None = None
     last_step: float = 0.01
     keep: float = 0.9
     review: int = 10
     enough: float = 0.95
     grow: float = 1.2
+    closing: int = 5
     loss: Loss = dlr
 
-    def init(self, p: Problem) -> ALMAState:
+    def first(self, p: Problem) -> ALMAState:
         x, zero, one = p.start("clean"), p.full(0.0), p.full(1.0)
         blank = torch.ones_like(x), torch.zeros_like(x)
-        return ALMAState(x, *blank, zero, one, one, zero, p.full(torch.inf), zero > 0)
+        return ALMAState(x, *blank, zero, one, one, zero, p.full(torch.inf))
 
-    def update(self, p: Problem, s: ALMAState, e: Gradient, k: int) -> ALMAState:
+    def descend(self, p: Problem, s: ALMAState, e: Gradient, k: int) -> ALMAState:
         s = self._reviewed(s, e, k)
         y = _TOLERANCE - e.loss
         grad = -per_sample(_slope(y, s), e.grad) * e.grad * p.box.width
         if k == 0:
             grad = choose(grad.flatten(1).abs().amax(1) == 0, unit(p, grad, k), grad)
-            first = self.first or _FIRST[p.norm.name]
-            s = s._replace(rate=_rate(p, grad, first), over=e.success)
+            first = self.start or _FIRST[p.norm.name]
+            s = s._replace(rate=_rate(p, grad, first))
         else:
             grad = grad + _away(p, s.x)
         square = self.keep * s.square + (1 - self.keep) * grad**2
@@ -94,9 +94,6 @@ class ALMA(GradientAttack[ALMAState]):
         rate = s.rate * self._fade(s.found, k)
         x = (s.x - per_sample(rate, s.x) * p.box.width * momentum).clamp(p.lower, p.upper)
         return s._replace(x=x, square=square, momentum=momentum)
-
-    def done(self, s: ALMAState) -> Mask:
-        return s.over
 
     def _reviewed(self, s: ALMAState, e: Gradient, k: int) -> ALMAState:
         """Return the state with penalty and multiplier set by what query k said."""

@@ -1,41 +1,38 @@
-"""The Brendel-Bethge attack: a walk along the boundary, one trust region after the other."""
+"""The Brendel-Bethge attack: walks along the boundary, one trust region after the other."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch.nn import functional as F
 
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
-from assay.threats.norms import NORMS, TINY
+from assay.threats.norms import NORMS, TINY, Norm
+from assay.threats.planes import inner, to_plane
 from assay.threats.problem import Problem
 
-Pull: TypeAlias = Callable[["Region", Inputs, Tensor], Inputs]
-"""From a region, a point v and a strength from 0 to 1 to a point of the box that is v at strength 0, and else smaller.
+_PULLS, _PUSHES = 5, 12
+"""Most trials that settle how strong a pull the trust region allows, and how long a push reaches the plane."""
 
-It minimises the size plus a multiple of the squared distance to v; the stronger the pull, the smaller the multiple.
-"""
-
-_FAR = 100.0
-"""Threshold of the strongest pull in units of the box: far above every perturbation, so that only the normal counts."""
-
-_PULLS, _PUSHES = 12, 26
-"""Halvings that settle how strong a pull the trust region allows, and how long a push reaches the plane."""
+_FULL, _CLOSE = 0.8, 1e-3
+"""Shares of the radius: a step so long is long enough, and a point so near the plane is on it."""
 
 
 class BrendelBethgeState(NamedTuple):
-    """The point, the two ends of the bisection, and how far each sample has come."""
+    """The point asked about, the ray that is searched for a start, and the smallest success of this walk."""
 
     x: Inputs
-    near: Inputs  # does not meet the goal
-    far: Inputs  # meets it, where ``halvings`` is not negative
-    halvings: PerSample  # -1: no start yet, inf: the clean input is one
-    walked: PerSample  # steps of the walk
+    ray: Inputs  # from the clean input to an outside image
+    near: PerSample  # largest share of the ray that failed
+    far: PerSample  # smallest share of the ray that met the goal, or inf
+    best: Inputs
+    size: PerSample  # of best, or inf
 
 
 @final
@@ -45,21 +42,25 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     """From an adversarial point to the boundary, and along it to the point that is nearest to the clean input.
 
     x' = argmin ||z - x0|| over the box, where <g, z - x> = -f(x) (the boundary as the gradient g of the margin f
-    shows it) and ||z - x||_2 <= r. Where no z can be had, x' goes as far to the plane as r allows.
-    The start is found by ever longer steps of gradient signs, or of noise where there is no gradient, and bisection.
+    shows it) and ||z - x||_2 <= r. Where there is no such z, x' goes as far to the plane as r allows.
+    A walk starts at the nearest point of the boundary on rays from the clean input to smooth random images.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards, the start included.
+    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, and as many backwards but for 1 + ``starts`` a walk.
 
     Args:
         steps: number of queries.
+        walk: number of queries of a walk, about; with more steps there are more walks.
+        starts: number of queries for a start, at most a quarter of the walk; they need no gradient.
+        blend: first share of the outside image in the start.
         reach: first r as a share of the l2 distance to the clean input; it falls to 0 along half a cosine.
         beyond: share of the boundary's distance by which the point aimed at lies behind it.
-        halvings: queries of the bisection.
+        sparse: l0 only: share of the walk that makes the l1 norm small, which makes many coordinates zero.
         loss: f, positive where the goal is met.
 
-    *Differs from the paper in*: the start (the paper takes an adversarial point of any kind); r follows the size of the
-    perturbation; the problem is solved by two nested bisections, all samples at once: over the multiplier of the plane,
-    and over that of the trust region.
+    *Differs from the paper in*: the start, which needs no data (the paper takes an image of another class); where no
+    ray meets the goal, ever longer steps of gradient signs look for a start. r follows the size of the perturbation.
+    For l2 and linf, z is the best point between the points of the plane that are nearest to x and to x0, which for l2
+    is the optimum where the box leaves it alone. Several walks. The l0 walk begins as one for l1.
 
     References:
         Brendel et al. 2019, arXiv:1907.01003, sec. 2 and appendix.
@@ -68,50 +69,108 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     minimal: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
-    steps: int = 100
-    reach: float = 0.5
+    steps: int = 500
+    walk: int = 100
+    starts: int = 20
+    blend: float = 0.4
+    reach: float = 0.25
     beyond: float = 0.005
-    halvings: int = 5
+    sparse: float = 0.6
+    l0reach: float = 1.0
     loss: Loss = margin
 
+    def differentiates(self, k: int) -> bool:
+        j, length = self._place(k)
+        return self._first(length) <= j and k < self.steps
+
+    def _place(self, k: int) -> tuple[int, int]:
+        """Return the place of query k in its walk, and the walk's length."""
+        length = math.ceil(self.steps / max(1, round(self.steps / self.walk)))
+        return k % length, min(length, self.steps - k // length * length)
+
+    def _first(self, length: int) -> int:
+        """Return the place in a walk of the start's last query, the first with a gradient."""
+        return min(self.starts, length // 4)
+
     def init(self, p: Problem) -> BrendelBethgeState:
-        x = p.start("clean")
-        return BrendelBethgeState(x, p.x0, x, p.full(-1.0), p.full(0.0))
+        return _fresh(p, p.start("clean"), p.full(0.0))
 
     def update(self, p: Problem, s: BrendelBethgeState, e: Gradient, k: int) -> BrendelBethgeState:
-        begun = s.halvings >= 0
-        bisecting = begun & (s.halvings < self.halvings)
-        starts = ~begun & e.success
-        far = choose(starts | (bisecting & e.success), s.x, s.far)
-        near = choose(bisecting & ~e.success, s.x, s.near)
-        halvings = torch.where(starts, 0, s.halvings + bisecting)
-        halvings = torch.where(starts & (s.x == p.x0).flatten(1).all(1), torch.inf, halvings)
-        middle = choose(halvings < self.halvings, near + (far - near) / 2, far)
-        walking = begun & ~bisecting
-        x = choose(walking, self._walk(p, s, e), choose(halvings >= 0, middle, self._search(p, s.x, e, k)))
-        return BrendelBethgeState(x.clamp(p.lower, p.upper), near, far, halvings, s.walked + walking)
+        size = _length(p.norm).size(s.x - p.x0)
+        better = e.success & (size < s.size)
+        s = s._replace(best=choose(better, s.x, s.best), size=torch.where(better, size, s.size))
+        (j, length), first = self._place(k), self._first(self._place(k)[1])
+        if j + 1 == length:
+            return self._look(p, _fresh(p, p.x0, p.full(0.0)), p.full(0.0) > 0, k)
+        if j + 1 < first:
+            return self._look(p, s, e.success, k)
+        if j < first:
+            return s._replace(x=choose(s.size.isfinite(), s.best, p.x0))
+        begun, at = s.size.isfinite(), (j - first) / (length - first)
+        x = choose(begun, self._step(p, s.x, e, at), self._search(p, s.x, e, j - first))
+        return s._replace(x=x.clamp(p.lower, p.upper))
 
     def done(self, s: BrendelBethgeState) -> Mask:
-        return s.halvings.isinf()
+        return s.size == 0
 
-    def _search(self, p: Problem, x: Inputs, e: Gradient, k: int) -> Inputs:
-        noise = p.draws.fold(k).uniform(x.shape[1:], x.dtype) * p.box.width + p.box.lo - x
+    def _look(self, p: Problem, s: BrendelBethgeState, success: Mask, k: int) -> BrendelBethgeState:
+        """Bisect on a ray that met the goal; else try another one, where it would be better than the best."""
+        norm = _length(p.norm)
+        share = norm.size(s.x - p.x0) / norm.size(s.ray).clamp_min(TINY)
+        near, far = torch.where(success, s.near, share), torch.where(success, share, s.far)
+        over = far.isinf() | (far - near < 0.1 * far)
+        ray = outside(p.stage(k)) - p.x0
+        hope = torch.where(s.size.isfinite(), 0.95 * s.size / norm.size(ray).clamp_min(TINY), self.blend)
+        hope = hope.clamp_max(1)
+        ray, share = choose(over, ray, s.ray), torch.where(over, hope, (near + far) / 2)
+        x = (p.x0 + per_sample(share, ray) * ray).clamp(p.lower, p.upper)
+        near, far = torch.where(over, 0, near), torch.where(over, torch.inf, far)
+        return BrendelBethgeState(x, ray, near, far, s.best, s.size)
+
+    def _search(self, p: Problem, x: Inputs, e: Gradient, j: int) -> Inputs:
+        noise = p.draws.fold(j).uniform(x.shape[1:], x.dtype) * p.box.width + p.box.lo - x
         blind = (e.grad == 0).flatten(1).all(1)
-        length = min(0.5, 0.02 * 1.3**k) * p.box.width
-        return x + choose(blind, noise * min(1.0, 0.1 * (k + 1)), length * e.grad.sign())
+        length = min(0.5, 0.02 * 1.3**j) * p.box.width
+        return x + choose(blind, noise * min(1.0, 0.1 * (j + 1)), length * e.grad.sign())
 
-    def _walk(self, p: Problem, s: BrendelBethgeState, e: Gradient) -> Inputs:
-        fade = (1 + torch.cos(torch.pi * s.walked / self.steps)) / 2
+    def _step(self, p: Problem, x: Inputs, e: Gradient, at: float) -> Inputs:
         steep = NORMS["l2"].dual(e.grad).clamp_min(TINY)
         normal = e.grad / per_sample(steep, e.grad)
-        d, width = (s.x - p.x0) / p.box.width, p.box.width
-        to_plane = -e.loss / (steep * width)
+        d, width = (x - p.x0) / p.box.width, p.box.width
+        gap = -e.loss / (steep * width)
         # The boundary as seen from the clean input: what is aimed at lies a little behind.
-        aim = to_plane + self.beyond * (_dot(normal, d) + to_plane).abs()
-        span = NORMS["l2"].size(d) + (p.norm.name == "l0")  # one value may have to cross the box
+        aim = gap + self.beyond * (inner(normal, d) + gap).abs()
+        norm, reach = p.norm, self.reach * (1 + math.cos(math.pi * at)) / 2
+        if p.norm.name == "l0":
+            if at < self.sparse:
+                norm = NORMS["l1"]
+            elif self.l0reach:
+                reach = self.l0reach * (1 + math.cos(math.pi * (at - self.sparse) / (1 - self.sparse))) / 2
+        span = NORMS["l2"].size(d) + (norm.name == "l0")  # one value may have to cross the box
         lo, hi = (p.lower - p.x0) / width, (p.upper - p.x0) / width
-        region = Region(d, normal, aim, fade * self.reach * span, lo, hi)
-        return p.x0 + width * region.smallest(PULLS[p.norm.name])
+        return p.x0 + width * Region(d, normal, aim, reach * span, lo, hi).smallest(norm)
+
+
+def outside(p: Problem) -> Inputs:
+    """Draw smooth random images (of other inputs: noise) that use the whole box."""
+    shape, dtype = p.x0.shape[1:], p.x0.dtype
+    if len(shape) == 3:
+        coarse = p.draws.normal((shape[0], -(-shape[1] // 4), -(-shape[2] // 4)), dtype)
+        noise = F.interpolate(coarse, size=tuple(shape[1:]), mode="bicubic")
+    else:
+        noise = p.draws.normal(shape, dtype)
+    return p.box.lo + p.box.width * torch.sigmoid(3 * noise)
+
+
+def _fresh(p: Problem, x: Inputs, share: PerSample) -> BrendelBethgeState:
+    """Return the state before anything is known."""
+    never = share + torch.inf
+    return BrendelBethgeState(x, torch.zeros_like(x), share, never, x, never)
+
+
+def _length(norm: Norm) -> Norm:
+    """Return by what rays are compared: along a ray, a count of coordinates says nothing."""
+    return NORMS["l2"] if norm.name == "l0" else norm
 
 
 class Region(NamedTuple):
@@ -124,57 +183,91 @@ class Region(NamedTuple):
     lo: Inputs
     hi: Inputs
 
-    def smallest(self, pull: Pull) -> Inputs:
-        """Return the perturbation that the strongest possible pull leads to."""
-        none = torch.zeros_like(self.aim)
-        weak, strong = none, none + 1
-        best, _ = self.on_plane(pull, none)
-        length = NORMS["l2"].size(best - self.d)
-        best = self.d + (best - self.d) * per_sample((self.radius / length.clamp_min(TINY)).clamp_max(1), best)
-        strength = strong
+    def smallest(self, norm: Norm) -> Inputs:
+        """Return the smallest perturbation of the region, or, where it is empty, the nearest to the plane."""
+        goal = to_plane(norm, self.normal, -self.aim - inner(self.normal, self.d), self.lo, self.hi).d
+        fits = self._away(goal) <= self.radius
+        if fits.all():
+            return goal
+        flat = to_plane(NORMS["l2"], self.normal, -self.aim, self.lo - self.d, self.hi - self.d).d
+        shrink = (self.radius / NORMS["l2"].size(flat).clamp_min(TINY)).clamp_max(1)
+        near = (self.d + per_sample(shrink, flat) * flat).clamp(self.lo, self.hi)
+        settled = fits | (shrink < 1)
+        far = self._pulled(norm, near, settled) if norm.name in ("l1", "l0") else self._between(near, goal)
+        return choose(fits, goal, choose(settled, near, far))
+
+    def _between(self, near: Inputs, goal: Inputs) -> Inputs:
+        """Return the point from ``near`` to ``goal`` that is as far from d as the radius allows."""
+        way, step = goal - near, near - self.d
+        a, b, c = inner(way, way), inner(way, step), inner(step, step) - self.radius.square()
+        share = ((b.square() - a * c).clamp_min(0).sqrt() - b) / a.clamp_min(TINY)
+        return (near + per_sample(share.clamp(0, 1), way) * way).clamp(self.lo, self.hi)
+
+    def _pulled(self, norm: Norm, best: Inputs, settled: Mask) -> Inputs:
+        """Return the perturbation that the strongest possible pull leads to: bisection, with good guesses."""
+        pull = PULLS[norm.name]
+        weak, strong = torch.zeros_like(self.aim), torch.full_like(self.aim, torch.inf)
+        strength, push = self.radius / NORMS["l0"].size(self.d).clamp_min(1).sqrt(), self.aim
         for _ in range(_PULLS):
-            z, reached = self.on_plane(pull, strength)
-            fits = reached & (NORMS["l2"].size(z - self.d) <= self.radius)
-            best = choose(fits, z, best)
+            z, push, arrives = self._pushed(pull, strength, push, settled)
+            away = self._away(z)
+            fits = arrives & (away <= self.radius)
+            best = choose(fits & ~settled, z, best)
             weak, strong = torch.where(fits, strength, weak), torch.where(fits, strong, strength)
-            strength = (weak + strong) / 2
+            settled = settled | (fits & (away > _FULL * self.radius))
+            if settled.all():
+                break
+            ratio = ((1 + _FULL) / 2 * self.radius / away.clamp_min(TINY)).clamp(0.1, 10)
+            new = torch.where(arrives, strength * ratio, torch.inf)
+            middle = torch.where(strong.isinf(), 2 * weak, (weak + strong) / 2)
+            new = torch.where((new > weak) & (new < strong), new, middle)
+            push, strength = self.aim + (push - self.aim) * new / strength, new
         return best
 
-    def on_plane(self, pull: Pull, strength: PerSample) -> tuple[Inputs, Mask]:
-        """Return the pulled perturbation with the least push that reaches the plane, and whether it does."""
-        s, span = per_sample(strength, self.d), 4 * self.d[0].numel() ** 0.5 * (1 + _FAR * strength**3)
-        low, high = -span, span
+    def _pushed(
+        self, pull: "Pull", strength: PerSample, push: PerSample, settled: Mask
+    ) -> tuple[Inputs, PerSample, Mask]:
+        """Return the pulled perturbation on the plane, the push that leads there, and whether it does.
+
+        Newton's method for d + push * normal, kept inside a bracket.
+        """
+        low, high = torch.full_like(push, -torch.inf), torch.full_like(push, torch.inf)
+        kept, t = self.d + per_sample(push, self.d) * self.normal, per_sample(strength, self.d)
         for _ in range(_PUSHES):
-            push = (low + high) / 2
-            short = _dot(self.normal, self._at(pull, push, s) - self.d) < self.aim
-            low, high = torch.where(short, push, low), torch.where(short, high, push)
-        z = self._at(pull, high, s)
-        return z, _dot(self.normal, z - self.d) >= self.aim
+            COUNT[0] += 1
+            raw = pull(self.d + per_sample(push, self.d) * self.normal, t, kept)
+            z = raw.clamp(self.lo, self.hi)
+            free = torch.where((raw == z) & (z != 0), self.normal, 0)
+            missing, slope = self.aim - inner(self.normal, z - self.d), inner(free, free)
+            arrives = missing.abs() <= _CLOSE * self.radius
+            if (arrives | settled).all():
+                break
+            low, high = torch.where(missing > 0, push, low), torch.where(missing > 0, high, push)
+            new = push + missing / slope.clamp_min(TINY)
+            beyond = push + missing.sign() * (2 * push.abs() + 0.01)
+            middle = torch.where(low.isinf() | high.isinf(), beyond, (low + high) / 2)
+            new = torch.where((new > low) & (new < high) & (slope > 1e-9), new, middle)
+            push = torch.where(arrives | settled, push, new)
+        return z, push, arrives
 
-    def _at(self, pull: Pull, push: PerSample, strength: Tensor) -> Inputs:
-        return pull(self, self.d + per_sample(push, self.d) * self.normal, strength)
-
-
-def _pull_l2(r: Region, v: Inputs, strength: Tensor) -> Inputs:
-    return (v - strength * r.d).clamp(r.lo, r.hi)
-
-
-def _pull_linf(r: Region, v: Inputs, strength: Tensor) -> Inputs:
-    cap = 2 * (1 - strength) * per_sample(NORMS["linf"].size(r.d), v)  # twice as large as d, or less
-    return v.clamp(torch.maximum(r.lo, -cap), torch.minimum(r.hi, cap))
-
-
-def _pull_l1(r: Region, v: Inputs, strength: Tensor) -> Inputs:
-    return (v.sign() * (v.abs() - _FAR * strength**3).clamp_min(0)).clamp(r.lo, r.hi)
+    def _away(self, z: Inputs) -> PerSample:
+        return NORMS["l2"].size(z - self.d)
 
 
-def _pull_l0(r: Region, v: Inputs, strength: Tensor) -> Inputs:
-    z = v.clamp(r.lo, r.hi)
-    return torch.where(z * (2 * v - z) > _FAR * strength**3, z, 0)  # v^2 - (v - z)^2: what giving z up would cost
+COUNT = [0, 0]
+MODE = ["exact"]
+
+Pull: TypeAlias = Callable[[Inputs, Inputs, Inputs], Inputs]
+"""From a point v, a strength and a point that v was guessed to be, to a point with more zeros."""
 
 
-PULLS: dict[str, Pull] = {"linf": _pull_linf, "l2": _pull_l2, "l1": _pull_l1, "l0": _pull_l0}
+def _pull_l1(v: Inputs, strength: Inputs, kept: Inputs) -> Inputs:
+    return v.sign() * (v.abs() - strength).clamp_min(0)
 
 
-def _dot(a: Inputs, b: Inputs) -> PerSample:
-    return (a * b).flatten(1).sum(1)
+def _pull_l0(v: Inputs, strength: Inputs, kept: Inputs) -> Inputs:
+    # Which coordinates stay is settled by the guess, for else there are pushes where z jumps over the plane.
+    return torch.where(kept.abs() > strength, v, 0)
+
+
+PULLS: dict[str, Pull] = {"l1": _pull_l1, "l0": _pull_l0}

@@ -113,8 +113,8 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
     norms: ClassVar[tuple[str, ...]] = ("l2",)
     minimal: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
-    steps: int = 10
-    rounds: int = 50
+    steps: int = 20
+    rounds: int = 25
     rate: float = 0.3
     confidence: float = 0.0
     loss: Loss = margin

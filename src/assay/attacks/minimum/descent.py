@@ -1,12 +1,18 @@
-"""What the minimal-norm attacks by gradient descent share: schedules, unit gradients, and Adam as a value."""
+"""What the minimal-norm attacks by gradient descent share: schedules, Adam as a value, and how they close in."""
 
 import math
-from typing import NamedTuple
+from abc import abstractmethod
+from typing import ClassVar, Generic, NamedTuple, TypeVar, final
 
 import torch
 
-from assay.core.types import Inputs, PerSample, choose
+from assay.attacks.loop import GradientAttack, HasX
+from assay.attacks.losses import margin
+from assay.attacks.minimum.boundary import nudge
+from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
+from assay.models.door import Door, Gradient
 from assay.threats.norms import L2
+from assay.threats.planes import inner, to_plane
 from assay.threats.problem import Problem
 
 _L2 = L2()
@@ -51,3 +57,89 @@ class Adam(NamedTuple):
 
     def step(self, k: int) -> Inputs:
         return self.mean / (1 - 0.9 ** (k + 1)) / self.scale(k)
+
+
+S = TypeVar("S", bound=HasX)
+
+
+class Descending(NamedTuple, Generic[S]):
+    """The next point, the state of the descent, and the smallest success so far."""
+
+    x: Inputs
+    part: S
+    best: Inputs
+    size: PerSample  # of best; inf before the first success
+    ahead: Inputs  # where the boundary, linear as at best, is nearest to the clean input
+    share: PerSample  # of the way from best to there that is tried next
+
+    def seen(self, p: Problem, success: Mask) -> "Descending[S]":
+        """Return the state after x was asked."""
+        size = p.size(self.x)
+        better = success & (size < self.size)
+        return self._replace(best=choose(better, self.x, self.best), size=torch.where(better, size, self.size))
+
+    def closer(self, p: Problem, e: Gradient) -> "Descending[S]":
+        """Return the state after the margin's gradient was asked at x, with x on the way to the nearest boundary."""
+        found = self.size.isfinite()
+        fresh = ~found | (e.success & (p.size(self.x) == self.size))  # else x was a step too far
+        start = choose(found, p.x0, self.x)
+        gap = e.loss - nudge(p, self.x, p.norm) * p.norm.dual(e.grad) + inner(e.grad, start - self.x)
+        move = to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - start, p.upper - start)
+        ahead = choose(fresh, (start + move.d).clamp(p.lower, p.upper), self.ahead)
+        share = torch.where(fresh, 2 * self.share, self.share / 2).clamp_max(1)
+        x = self.best + per_sample(share, ahead) * (ahead - self.best)
+        if p.norm.name == "l0":
+            x = p.project(x, (self.size + share * (p.size(ahead) - self.size)).clamp_max(self.size - 1).clamp_min(1))
+        x = choose(found & (share < 1), x, ahead)
+        return self._replace(x=x.clamp(p.lower, p.upper), ahead=ahead, share=share)
+
+
+class Descent(GradientAttack[Descending[S]]):
+    """A descent of ``steps`` steps, after which ``closing`` more close in on the clean input along the boundary.
+
+    Closing in: the margin is linearised at the smallest success z; x <- z + s (h - z), h the nearest point to x0 on
+    that plane, inside the box, and 0.1 % beyond. s doubles (to at most 1) after a success, else it is halved. Without
+    a success so far, h is nearest to the point asked last, and s = 1. For l0, h has the fewest changes, and x as
+    many as s says. Where the model is linear, the first of these steps arrives.
+    """
+
+    __slots__ = ()
+    any_size: ClassVar[bool] = True
+    minimal: ClassVar[bool] = True
+    closing: int
+
+    @property
+    def questions(self) -> int:
+        return self.steps + self.closing
+
+    @abstractmethod
+    def first(self, p: Problem) -> S:
+        """Return the state of the descent before the first query."""
+
+    @abstractmethod
+    def descend(self, p: Problem, s: S, e: Gradient, k: int) -> S:
+        """Return the state of the descent after query ``k`` < ``steps``."""
+
+    @final
+    def init(self, p: Problem) -> Descending[S]:
+        part = self.first(p)
+        return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5))
+
+    @final
+    def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
+        if self.steps <= k < self.questions:
+            return door.gradient(x, p, margin)
+        return super().query(door, x, p, k)
+
+    @final
+    def update(self, p: Problem, s: Descending[S], e: Gradient, k: int) -> Descending[S]:
+        s = s.seen(p, e.success)
+        if k >= self.steps:
+            return s.closer(p, e)
+        part = self.descend(p, s.part, e, k)
+        ends = self.closing > 0 and k + 1 == self.steps
+        x = choose(s.size.isfinite(), s.best, part.x) if ends else part.x
+        return s._replace(x=x, part=part)
+
+    def done(self, s: Descending[S]) -> Mask:
+        return s.size == 0

@@ -5,11 +5,10 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 
-from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import cosine, reach, unit
+from assay.attacks.minimum.descent import Descent, cosine, reach, unit
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem
@@ -26,15 +25,15 @@ class FMNState(NamedTuple):
 @final
 @ATTACKS.register("fmn", norm=("linf", "l2", "l1", "l0"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FMN(GradientAttack[FMNState]):
+class FMN(Descent[FMNState]):
     """Fast minimum-norm attack: x <- P(x + a g / |g|_2), P onto the box and the ball of radius e around x0.
 
     Where x succeeds, e <- min(e (1 - c), smallest success); where an earlier point did, e <- e (1 + c); before that,
-    e <- (1 + c) (|x - x0| + |margin| / |g|_dual), a little beyond where a linear model would fall, and x is put on the
-    sphere. For l0 the radius is a count, moves by at least one, and starts at 1. a and c fall along half a cosine.
-    In linf the step is x + a e sign(g).
+    e <- (1 + c) max(e, |x - x0| + |margin| / |g|_dual), a little beyond where a linear model would fall, and x is put
+    on the sphere. For l0 the radius is a count, moves by at least one, and starts at 1. a and c fall along half a
+    cosine. In linf the step is x + a e sign(g). The last steps close in as :class:`Descent` says.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards.
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
     Args:
         steps: number of steps.
@@ -42,34 +41,35 @@ class FMN(GradientAttack[FMNState]):
         last_step: last a as a share of the first.
         shrink: first c.
         last_shrink: last c.
+        closing: further steps that close in; 0 for none, as in the paper.
         loss: what is ascended; its size over its slope must tell how far the boundary is.
 
-    *Differs from the paper in*: until the first success, (1 + c), without which a linear model is never crossed, and
-    the sphere, without which points rest in local maxima well inside the ball; the step in linf (the l2-normalised
-    one hardly moves coordinates with small gradients); one projection onto ball and box together, not one after the
-    other; a random direction where the gradient is zero. Two published implementations get the l2 ball wrong: one
-    stretches every perturbation to the sphere, one never shrinks any.
+    *Differs from the paper in*: until the first success, (1 + c), without which a linear model is never crossed, a
+    radius that never falls and the sphere, without which points rest in local maxima well inside the ball; the step in
+    linf (the l2-normalised one hardly moves coordinates with small gradients); one projection onto ball and box
+    together, not one after the other; a random direction where the gradient is zero; a radius no larger than the box
+    allows; closing in. Two published implementations get the l2 ball wrong: one stretches every perturbation to the
+    sphere, one never shrinks any.
 
     References:
         Pintor et al. 2021, arXiv:2102.12827, algorithm 1.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 1000
     step: float = 1.0
     last_step: float = 0.01
     shrink: float = 0.05
     last_shrink: float = 0.001
+    closing: int = 5
     loss: Loss = margin
 
-    def init(self, p: Problem) -> FMNState:
+    def first(self, p: Problem) -> FMNState:
         x = p.start("clean")
         radius = p.size(x).clamp_min(1) if p.norm.name == "l0" else p.full(torch.inf)
         return FMNState(x, radius, p.full(torch.inf))
 
-    def update(self, p: Problem, s: FMNState, e: Gradient, k: int) -> FMNState:
+    def descend(self, p: Problem, s: FMNState, e: Gradient, k: int) -> FMNState:
         best = torch.where(e.success, torch.minimum(s.best, p.size(s.x)), s.best)
         c = cosine(k, self.steps, self.shrink, self.last_shrink)
         follow = self._count if p.norm.name == "l0" else self._radius
@@ -79,15 +79,14 @@ class FMN(GradientAttack[FMNState]):
             move = per_sample(length * radius, s.x) * unit(p, e.grad, k).sign()
         else:
             move = length * p.box.width * unit(p, e.grad, k)
-        x = choose(best.isinf(), _outwards(p, s.x + move, radius), p.project(s.x + move, radius))
+        x = p.project(s.x + move, radius)
+        x = choose(best.isinf(), _outwards(p, x, radius), x)
         return FMNState(x, radius, best)
-
-    def done(self, s: FMNState) -> Mask:
-        return s.best == 0
 
     def _radius(self, p: Problem, s: FMNState, e: Gradient, c: float) -> PerSample:
         linear = p.size(s.x) + e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
-        grown = torch.where(s.best.isinf(), linear * (1 + c), s.radius * (1 + c))
+        least = torch.where(s.radius.isinf(), linear, torch.maximum(linear, s.radius))
+        grown = (1 + c) * torch.where(s.best.isinf(), least, s.radius)
         return torch.where(e.success, torch.minimum(s.radius * (1 - c), s.best), grown)
 
     def _count(self, p: Problem, s: FMNState, e: Gradient, c: float) -> PerSample:
@@ -97,9 +96,9 @@ class FMN(GradientAttack[FMNState]):
 
 
 def _outwards(p: Problem, x: Inputs, radius: PerSample) -> Inputs:
-    """Return x with its perturbation stretched to the radius, as far as the box lets it; if longer, projected."""
+    """Return x, inside box and ball, with its perturbation stretched to the radius, as far as the box lets it."""
     if p.norm.name == "l0":
-        return p.project(x, radius)
+        return x
     d = x - p.x0
     stretch = (radius / p.norm.size(d).clamp_min(TINY)).clamp_min(1)
-    return p.project(p.x0 + d * per_sample(stretch, d), radius)
+    return (p.x0 + d * per_sample(stretch, d)).clamp(p.lower, p.upper)

@@ -6,11 +6,10 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 
-from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Adam
+from assay.attacks.minimum.descent import Adam, Descent
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Mask, PerSample, per_sample
+from assay.core.types import Inputs, PerSample, per_sample
 from assay.models.door import Gradient, Loss
 from assay.threats.problem import Problem
 
@@ -36,16 +35,15 @@ class Dual(NamedTuple):
 
 
 class PrimalDualState(NamedTuple):
-    """The next point, the moments of its gradient, the weights, and whether the clean input met the goal."""
+    """The next point, the moments of its gradient, and the weights."""
 
     x: Inputs
     adam: Adam
     dual: Dual
-    over: Mask
 
     @classmethod
     def start(cls, p: Problem, ratio: float) -> "PrimalDualState":
-        return cls(p.start("clean"), Adam.start(p.x0), Dual.start(p, ratio), p.full(0.0) > 0)
+        return cls(p.start("clean"), Adam.start(p.x0), Dual.start(p, ratio))
 
 
 def broken(e: Gradient, width: float) -> Inputs:
@@ -61,13 +59,15 @@ def linear(k: int, steps: int, first: float, last: float) -> float:
 @final
 @ATTACKS.register("pdgd", norm=("l2",), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PDGD(GradientAttack[PrimalDualState]):
+class PDGD(Descent[PrimalDualState]):
     """Primal-dual gradient descent: min over x, max over w of w0 |x - x0|_2 + w1 softplus(-margin), w0 + w1 = 1.
 
     x takes steps of Adam, whose rate falls geometrically; log(w1 / w0) moves by a rate that falls linearly, up where
     the goal is missed and down where it is met. The descent uses running means of the weights.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards.
+    The last steps close in as :class:`Descent` says.
+
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
     Args:
         steps: number of steps.
@@ -76,29 +76,30 @@ class PDGD(GradientAttack[PrimalDualState]):
         ratio: first w0 / w1.
         dual_step: first rate of log(w1 / w0).
         last_dual_step: last one, as a share of the first.
+        closing: further steps that close in; 0 for none, as in the paper.
         loss: the goal must be met where it is positive.
 
-    *Differs from the paper in*: starts at the clean input.
+    *Differs from the paper in*: starts at the clean input; closing in, for steps of a given length do not
+    end on the boundary.
 
     References:
         Matyasko & Chau 2021, arXiv:2106.01538, algorithm 1.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 500
     step: float = 0.1
     last_step: float = 0.01
     ratio: float = 0.01
     dual_step: float = 0.1
     last_dual_step: float = 0.1
+    closing: int = 10
     loss: Loss = margin
 
-    def init(self, p: Problem) -> PrimalDualState:
+    def first(self, p: Problem) -> PrimalDualState:
         return PrimalDualState.start(p, self.ratio)
 
-    def update(self, p: Problem, s: PrimalDualState, e: Gradient, k: int) -> PrimalDualState:
+    def descend(self, p: Problem, s: PrimalDualState, e: Gradient, k: int) -> PrimalDualState:
         away = p.norm.steepest(s.x - p.x0)  # the gradient of the l2 norm
         adam = s.adam.seen(
             per_sample(s.dual.distance, away) * away + per_sample(s.dual.constraint, away) * broken(e, p.box.width)
@@ -106,7 +107,4 @@ class PDGD(GradientAttack[PrimalDualState]):
         rate = self.step * self.last_step ** (k / self.steps)
         x = (s.x - rate * p.box.width * adam.step(k)).clamp(p.lower, p.upper)
         dual = s.dual.after(e, linear(k, self.steps, self.dual_step, self.dual_step * self.last_dual_step))
-        return PrimalDualState(x, adam, dual, e.success & (p.size(s.x) == 0))
-
-    def done(self, s: PrimalDualState) -> Mask:
-        return s.over
+        return PrimalDualState(x, adam, dual)

@@ -5,9 +5,8 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 
-from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Adam, cosine
+from assay.attacks.minimum.descent import Adam, Descending, Descent, cosine
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, per_sample
 from assay.models.door import Gradient, Loss
@@ -16,24 +15,25 @@ from assay.threats.problem import Problem
 
 
 class SigmaZeroState(NamedTuple):
-    """The next point, the moments of the gradient, the threshold, and the smallest success so far."""
+    """The next point, the moments of the gradient, and the threshold."""
 
     x: Inputs
     adam: Adam
     threshold: PerSample
-    best: PerSample
 
 
 @final
 @ATTACKS.register("sigma-zero", norm=("l0",), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SigmaZero(GradientAttack[SigmaZeroState]):
+class SigmaZero(Descent[SigmaZeroState]):
     """Sigma-zero: descends max(0, -margin) + mean(d^2 / (d^2 + sigma)), d = (x - x0) / width.
 
     The gradient is divided by its largest coordinate; d <- clip(d - a Adam(g)); values with |d| < t become zero;
     t <- t + r a where x succeeds, else t - r a. a falls along half a cosine.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards.
+    The last steps close in as :class:`Descent` says.
+
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
     Args:
         steps: number of steps.
@@ -42,30 +42,29 @@ class SigmaZero(GradientAttack[SigmaZeroState]):
         sigma: how sharp the smooth count is.
         threshold: first t, in widths of the box.
         rate: r.
+        closing: further steps that close in; 0 for none, as in the paper.
         loss: its positive part is what success needs, so it must change sign at the boundary.
 
-    *Differs from the paper in*: targeted threats too.
+    *Differs from the paper in*: targeted threats too; closing in.
 
     References:
         Cina et al. 2025, arXiv:2402.01879, algorithm 1.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l0",)
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 1000
     step: float = 1.0
     last_step: float = 0.1
     sigma: float = 1e-3
     threshold: float = 0.3
     rate: float = 0.01
+    closing: int = 5
     loss: Loss = margin
 
-    def init(self, p: Problem) -> SigmaZeroState:
-        return SigmaZeroState(p.start("clean"), Adam.start(p.x0), p.full(self.threshold), p.full(torch.inf))
+    def first(self, p: Problem) -> SigmaZeroState:
+        return SigmaZeroState(p.start("clean"), Adam.start(p.x0), p.full(self.threshold))
 
-    def update(self, p: Problem, s: SigmaZeroState, e: Gradient, k: int) -> SigmaZeroState:
-        best = torch.where(e.success, torch.minimum(s.best, p.size(s.x)), s.best)
+    def descend(self, p: Problem, s: SigmaZeroState, e: Gradient, k: int) -> SigmaZeroState:
         a = cosine(max(k - 1, 0), self.steps, self.step, self.step * self.last_step)
         d = (s.x - p.x0) / p.box.width
         count = 2 * self.sigma * d / (d**2 + self.sigma) ** 2 / d[0].numel()
@@ -75,7 +74,7 @@ class SigmaZero(GradientAttack[SigmaZeroState]):
         a = cosine(k, self.steps, self.step, self.step * self.last_step)
         t = (s.threshold + torch.where(e.success, self.rate * a, -self.rate * a)).clamp(0, 1)
         x = torch.where((x - p.x0).abs() < per_sample(t * p.box.width, x), p.x0, x)
-        return SigmaZeroState(x, adam, t, best)
+        return SigmaZeroState(x, adam, t)
 
-    def done(self, s: SigmaZeroState) -> Mask:
-        return s.best <= 1
+    def done(self, s: Descending[SigmaZeroState]) -> Mask:
+        return s.size <= 1

@@ -45,8 +45,8 @@ class SuperDeepFool(SlopesAttack[SuperDeepFoolState]):
         precision: the search ends where it knows the boundary to this share of the perturbation.
 
     *Differs from the paper in*: the projections add up, where each of the paper's starts again at x0: boundaries of
-    ReLU networks have corners, between whose normals that goes to and fro. Three rivals, points clipped to the box, and a
-    last search that interpolates; a targeted threat is met by the margin to the strongest other class.
+    ReLU networks have corners, between whose normals that goes to and fro. Three rivals, points clipped to the box,
+    and a last search that interpolates; a targeted threat is met by the margin to the strongest other class.
 
     References:
         Abdollahpoorrostam et al. 2023, arXiv:2303.12481, algorithm 2 with (m, n) = (inf, 1).

@@ -49,6 +49,7 @@ class TrustRegion(SlopesAttack[TrustRegionState]):
         rivals: how many of the strongest other classes are linearised.
 
     *Differs from the paper in*: the nearest of ``rivals`` is looked for at each step, not of all at the clean input;
+    ``good`` and ``poor`` are lower than 0.9 and 0.5, with which the radius falls to its least and many samples stand;
     the promise is measured along the step inside the box; no Hessian, as in the paper for ReLU networks.
 
     References:
@@ -63,10 +64,10 @@ class TrustRegion(SlopesAttack[TrustRegionState]):
     least: float | None = None
     most: float | None = None
     change: float = 1.2
-    good: float = 0.9
-    poor: float = 0.5
+    good: float = 0.6
+    poor: float = 0.2
     overshoot: float = 0.02
-    rivals: int = 3
+    rivals: int = 1
 
     @property
     def functions(self) -> int:
