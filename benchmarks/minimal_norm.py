@@ -187,7 +187,7 @@ def ours(norm: str) -> dict[str, Callable[[int], Any]]:
         name: partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal")
     }
     searched = ("apgd", "pgd") if norm != "l0" else ()
-    second = "sigma-zero" if norm == "l0" else "fab"
+    second = {"linf": "fmn", "l2": "fab", "l1": "fmn", "l0": "sigma-zero"}[norm]
     made[f"inward, {second}"] = partial(paired, second)
     return made | {f"bisect({name})": partial(bisected, name) for name in searched}
 
@@ -197,7 +197,9 @@ def sized(name: str, budget: int) -> Any:
     attack = assay.attacks.get(name)
     knobs = {f.name for f in fields(attack)}
     rounds = attack.rounds if "rounds" in knobs else 1
-    steps = max(1, (budget - 5) // (COST.get(name, 2) * rounds))  # what is left is for last queries and verification
+    closing = 2 * attack.closing if "closing" in knobs else 0
+    # What is left is for the last queries and for verification.
+    steps = max(1, (budget - 5 - closing) // (COST.get(name, 2) * rounds))
     return replace(attack, steps=steps) if "steps" in knobs else attack
 
 

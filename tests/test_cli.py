@@ -175,8 +175,8 @@ def test_an_image_that_does_not_fool_when_it_is_read_back_is_not_kept(tmp_path):
     """A file that loses what the attack did stands for a defect anywhere between the attack and the disk."""
     from assay.data import png
 
-    def faded(path, box=None, dtype=torch.float32, *, read=png.read_png):
-        image = read(path, box, dtype)
+    def faded(path, *rest, read=png.read_png):
+        image = read(path, *rest)
         return image if int(path.name[1:7]) % 2 else image * 0
 
     command = ("attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--threat", "linf:0.2", "--limit", 12)

@@ -17,7 +17,7 @@ from assay.cli.app import app
 ROOT = Path(__file__).parents[1]
 CHOOSE = ROOT / "docs" / "how-to-choose.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-COMING = ("inward", "Inward", "Smallest")
+COMING: tuple[str, ...] = ()
 """Names that the documentation may use before they are there."""
 
 OURS = ("inward",)

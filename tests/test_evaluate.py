@@ -234,7 +234,7 @@ def test_the_manifest_says_all_that_decides_the_numbers(whole):
         "probabilities",
     }
     assert manifest["totals"]["robust_accuracy"] == whole.robust_accuracy
-    assert [s["name"] for s in manifest["identity"]["stages"]] == ["pgd-margin", "apgd-ce", "apgd-targeted", "square"]
+    assert [s["name"] for s in manifest["identity"]["stages"]] == ["pgd-margin", "inward", "apgd-targeted", "square"]
     assert sum(c["n"] for c in manifest["totals"]["per_class"]) == 40
 
 

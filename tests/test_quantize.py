@@ -15,6 +15,7 @@ from assay import attacks, evaluate
 from assay.attacks import APGD, PGD, Bisect, Cascade, Restarts, Result, Runnable, Targets
 from assay.attacks.testing import Line, _small_net
 from assay.core.errors import DataError, ThreatError
+from assay.core.levels import at_level
 from assay.core.random import Draws
 from assay.data.png import read_png, write_png
 from assay.evaluation.block import _shrink
@@ -45,7 +46,7 @@ class InBox(nn.Module):
 def clean(box: Box, steps: int = 255, b: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return inputs whose values are multiples of width / steps: on the grid of 8 bits where steps is 255."""
     k = (steps * (0.2 + 0.6 * Draws.of(3, torch.arange(b)).uniform(SHAPE, torch.float64))).round()
-    x = box.at_level(k.to(dtype), steps)
+    x = at_level(k.to(dtype), box.lo, box.hi, steps)
     return x, InBox(box)(x.float()).argmax(1)
 
 
@@ -56,8 +57,8 @@ def eps_of(norm: str, box: Box) -> float:
 def check_files(r: Result, x: Tensor, threat: Threat, box: Box, met: Any, folder: Path) -> None:
     """Save every success, and look at what is read back."""
     for i in r.success.nonzero()[:, 0].tolist():
-        write_png(folder / f"{i}.png", r.x[i], box)
-        back = read_png(folder / f"{i}.png", box, r.x.dtype)
+        write_png(folder / f"{i}.png", r.x[i], box.lo, box.hi)
+        back = read_png(folder / f"{i}.png", box.lo, box.hi, r.x.dtype)
         assert torch.equal(back, r.x[i])
         assert met(InBox(box)(back[None].float()).argmax(1), i)
         size = exact_size(threat.norm, back[None], x[i : i + 1])
@@ -153,7 +154,7 @@ def test_snapped_points_are_on_the_grid_inside_the_ball_and_stay_where_they_are(
 ) -> None:
     steps = 2**bits - 1
     draws = Draws.of(seed, torch.arange(3))
-    x0 = box.at_level(draws.integers(steps + 1, (40,)).float(), steps)
+    x0 = at_level(draws.integers(steps + 1, (40,)).float(), box.lo, box.hi, steps)
     eps = levels / steps * box.width * {"linf": 1, "l2": 40**0.5, "l1": 40}[norm]
     p = problem(x0, norm, min(eps, p_max(norm, box)), box, bits)
     for x in (p.start(), p.project(box.lo + box.width * draws.fold(1).uniform((40,))), p.upper, p.lower, x0):
@@ -177,7 +178,7 @@ def p_max(norm: str, box: Box) -> float:
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_little_of_a_round_ball_is_lost_to_rounding(norm: str) -> None:
     """Rounding all values towards the clean input would lose half a level of each, a fifth of this ball."""
-    x0 = Box().at_level(Draws.of(1, torch.arange(4)).integers(200, (3, 32, 32)).float() + 20)
+    x0 = at_level(Draws.of(1, torch.arange(4)).integers(200, (3, 32, 32)).float() + 20, 0, 1)
     n = x0[0].numel()
     p = problem(x0, norm, 2.5 / 255 * {"l2": n**0.5, "l1": n}[norm], Box())
     x = p.start("sphere")
@@ -204,7 +205,7 @@ def test_shrinking_stays_on_the_grid() -> None:
             p = problem(x[at], norm, EPS[norm], Box())
             p = Problem.pose(x[at], y[at], replace(threat, box=Box()), p.draws)
             small, z = _shrink(Door(live, len(at)), p, r.x[at])
-        assert torch.equal(small, Box().at_level((small * 255).round()))
+        assert torch.equal(small, at_level((small * 255).round(), 0, 1))
         assert (z.argmax(1) != y[at]).all()
         assert (p.size(small) <= p.size(r.x[at]) * 1.001).all()
 
@@ -225,7 +226,7 @@ def test_files_hold_images_only_and_appear_whole(tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", torch.full((1, 4, 5), 1.0))
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
     assert torch.equal(read_png(tmp_path / "x.png"), torch.ones(1, 4, 5))
-    assert read_png(tmp_path / "x.png", Box(-1, 3), torch.float64).unique().tolist() == [3.0]
+    assert read_png(tmp_path / "x.png", -1, 3, torch.float64).unique().tolist() == [3.0]
 
 
 def test_levels_are_read_as_data_of_type_uint8_are(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_levels_are_read_as_data_of_type_uint8_are(tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     for box in (*BOXES, Box(-2.1, 2.6)):
         x = load_data((levels, np.zeros(1, dtype=np.int64))).scaled(box.lo, box.hi).batch(torch.arange(1))
-        assert torch.equal(x, box.at_level(torch.from_numpy(levels).float()))
+        assert torch.equal(x, at_level(torch.from_numpy(levels).float(), box.lo, box.hi))
         assert torch.equal(problem(x, "linf", None, box).snap(x), x)
 
 

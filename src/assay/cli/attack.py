@@ -227,11 +227,12 @@ class _Work:
         from assay.data.png import read_png, write_png
 
         assert self.folder is not None
+        box = self.model.domain
         paths = [self.folder / f"{i:06d}-label-{y}.png" for i, y in zip(rows.tolist(), labels.tolist(), strict=True)]
         trial = [p.with_name(f".{p.name}.unproved") for p in paths]
         for path, image in zip(trial, x, strict=True):
-            write_png(path, image, self.model.domain)
-        back = [read_png(p, self.model.domain, x.dtype) for p in trial]
+            write_png(path, image, box.lo, box.hi)
+        back = [read_png(p, box.lo, box.hi, x.dtype) for p in trial]
         guess = self.ask(torch.stack(back)) if back else labels
         fools = guess != labels if self.wanted is None else guess == self.wanted
         for path, unproved, keep in zip(paths, trial, fools.tolist(), strict=True):

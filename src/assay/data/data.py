@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from assay.core.errors import DataError
+from assay.core.levels import at_level
 from assay.core.types import Inputs, Labels, Rows
 
 _CHUNK = 16 * 2**20
@@ -91,8 +92,7 @@ class Data:
         x = self._samples.stored(torch.as_tensor(rows, dtype=torch.int64))
         if x.dtype != torch.uint8:
             return x.float()
-        lo, hi = self._range
-        return x.float().div_(255 / (hi - lo)).add_(lo).clamp_(lo, hi)
+        return at_level(x.float(), *self._range)
 
     def batches(self, size: int = 256) -> Iterator[tuple[Inputs, Labels]]:
         """Yield (x, y) in order: x (b, *shape) float32, y (b,) int64, b = size but for the last batch."""

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from assay.core.errors import DataError
-from assay.threats import Box
+from assay.core.levels import at_level
 
 
 def check_saveable(shape: tuple[int, ...]) -> None:
@@ -21,8 +21,8 @@ def check_saveable(shape: tuple[int, ...]) -> None:
         raise DataError("images (1, h, w) or (3, h, w)", f"{tuple(shape)}", "Such inputs cannot be saved as PNG.")
 
 
-def write_png(path: Path, image: Tensor, box: Box | None = None) -> None:
-    """Write an image (1, h, w) or (3, h, w) with values in the box ([0, 1]), rounded to 8 bits.
+def write_png(path: Path, image: Tensor, lo: float = 0.0, hi: float = 1.0) -> None:
+    """Write an image (1, h, w) or (3, h, w) with values from ``lo`` to ``hi``, rounded to 8 bits.
 
     The file appears under its name only when it is whole.
 
@@ -30,8 +30,7 @@ def write_png(path: Path, image: Tensor, box: Box | None = None) -> None:
         DataError: not an image of one or three channels.
     """
     check_saveable(tuple(image.shape))
-    box = box or Box()
-    place = (image.detach().cpu().double() - box.lo) / box.width * 255
+    place = (image.detach().cpu().double() - lo) / (hi - lo) * 255
     levels = place.round().clamp(0, 255).to(torch.uint8).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -39,9 +38,9 @@ def write_png(path: Path, image: Tensor, box: Box | None = None) -> None:
     part.replace(path)
 
 
-def read_png(path: Path, box: Box | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Read what :func:`write_png` wrote: (1, h, w) or (3, h, w), values in the box ([0, 1])."""
+def read_png(path: Path, lo: float = 0.0, hi: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Read what :func:`write_png` wrote: (1, h, w) or (3, h, w), values from ``lo`` to ``hi``."""
     with Image.open(path) as image:
         levels = np.array(image)
     planes = levels[None] if levels.ndim == 2 else np.moveaxis(levels, -1, 0)
-    return (box or Box()).at_level(torch.from_numpy(planes.copy()).to(dtype))
+    return at_level(torch.from_numpy(planes.copy()).to(dtype), lo, hi)

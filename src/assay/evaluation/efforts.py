@@ -10,6 +10,7 @@ from typing import Any, Final, final
 from assay.attacks import (
     APGD,
     FAB,
+    FMN,
     LOSSES,
     PGD,
     Bisect,
@@ -115,7 +116,7 @@ _GRADIENT: Final = {
 _STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500}
 """Steps of the search for the smallest perturbation; the second opinion takes a quarter as many."""
 
-_SECOND: Final = {"linf": FAB, "l2": FAB, "l1": FAB, "l0": SigmaZero}
+_SECOND: Final = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": SigmaZero}
 """The attack that is best where walks from outside are of no use: on networks without hardening."""
 
 _BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000}

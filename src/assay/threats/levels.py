@@ -2,6 +2,7 @@
 
 import torch
 
+from assay.core.levels import at_level
 from assay.core.types import Inputs, PerSample
 from assay.threats.threat import Box
 
@@ -26,7 +27,7 @@ def snapped(
     low, high = (_last(b, up, box, levels) for b, up in ((bounds[0], False), (bounds[1], True)))
     k = torch.minimum(torch.maximum(_place(x, box, levels).round(), low), high)
     if power is None:
-        return box.at_level(k, levels)
+        return at_level(k, box.lo, box.hi, levels)
     return _inside(k, x, x0, radius, power, box, levels)
 
 
@@ -39,14 +40,16 @@ def _last(bound: Inputs, up: bool, box: Box, levels: int) -> Inputs:
     way = 1 if up else -1
     k = _place(bound, box, levels).round() + way
     for _ in range(2):
-        value = box.at_level(k, levels)
+        value = at_level(k, box.lo, box.hi, levels)
         k = torch.where(value > bound if up else value < bound, k - way, k)
     return k
 
 
 def _inside(k: Inputs, x: Inputs, x0: Inputs, radius: PerSample, power: int, box: Box, levels: int) -> Inputs:
     """Draw levels k one step towards x0 in as few coordinates as the ball asks for, those first that it costs least."""
-    near, inner = (box.at_level(v, levels) for v in (k, k - (box.at_level(k, levels) - x0).sign()))
+    near, inner = (
+        at_level(v, box.lo, box.hi, levels) for v in (k, k - (at_level(k, box.lo, box.hi, levels) - x0).sign())
+    )
     size, less = (((v.double() - x0.double()).abs() ** power).flatten(1) for v in (near, inner))
     excess = size.sum(1, keepdim=True) - (radius.double() * _MARGIN)[:, None] ** power
     if not (excess > 0).any():

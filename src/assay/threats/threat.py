@@ -4,13 +4,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from assay.core.errors import DataError, ThreatError
 from assay.threats.norms import NORMS, Norm
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @final
@@ -28,10 +25,6 @@ class Box:
     @property
     def width(self) -> float:
         return self.hi - self.lo
-
-    def at_level(self, k: "Tensor", levels: int = 255) -> "Tensor":
-        """Return what whole numbers k from 0 to ``levels`` stand for; data of type uint8 are read in the same way."""
-        return (k / (levels / self.width) + self.lo).clamp(self.lo, self.hi)
 
 
 def outside_box(box: Box, found: tuple[float, float], rows: Sequence[int], n: int, where: str = "") -> DataError:

@@ -71,7 +71,7 @@ class ALMA(Descent[ALMAState]):
     review: int = 10
     enough: float = 0.95
     grow: float = 1.2
-    closing: int = 5
+    closing: int = 10
     loss: Loss = dlr
 
     def first(self, p: Problem) -> ALMAState:

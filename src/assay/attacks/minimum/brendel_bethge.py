@@ -17,10 +17,10 @@ from assay.threats.norms import NORMS, TINY, Norm
 from assay.threats.planes import inner, to_plane
 from assay.threats.problem import Problem
 
-_PULLS, _PUSHES = 5, 12
+_PULLS, _PUSHES = 6, 12
 """Most trials that settle how strong a pull the trust region allows, and how long a push reaches the plane."""
 
-_FULL, _CLOSE = 0.8, 1e-3
+_FULL, _CLOSE = 0.85, 1e-3
 """Shares of the radius: a step so long is long enough, and a point so near the plane is on it."""
 
 
@@ -45,7 +45,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     shows it) and ||z - x||_2 <= r. Where there is no such z, x' goes as far to the plane as r allows.
     A walk starts at the nearest point of the boundary on rays from the clean input to smooth random images.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, and as many backwards but for 1 + ``starts`` a walk.
+    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards but for ``starts`` a walk.
 
     Args:
         steps: number of queries.
@@ -71,12 +71,11 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     any_size: ClassVar[bool] = True
     steps: int = 500
     walk: int = 100
-    starts: int = 20
+    starts: int = 10
     blend: float = 0.4
     reach: float = 0.25
     beyond: float = 0.005
     sparse: float = 0.6
-    l0reach: float = 1.0
     loss: Loss = margin
 
     def differentiates(self, k: int) -> bool:
@@ -93,15 +92,16 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         return min(self.starts, length // 4)
 
     def init(self, p: Problem) -> BrendelBethgeState:
-        return _fresh(p, p.start("clean"), p.full(0.0))
+        return _fresh(p, p.start("clean"))
 
     def update(self, p: Problem, s: BrendelBethgeState, e: Gradient, k: int) -> BrendelBethgeState:
         size = _length(p.norm).size(s.x - p.x0)
         better = e.success & (size < s.size)
         s = s._replace(best=choose(better, s.x, s.best), size=torch.where(better, size, s.size))
-        (j, length), first = self._place(k), self._first(self._place(k)[1])
+        j, length = self._place(k)
+        first = self._first(length)
         if j + 1 == length:
-            return self._look(p, _fresh(p, p.x0, p.full(0.0)), p.full(0.0) > 0, k)
+            return self._look(p, _fresh(p, p.x0), p.full(0.0) > 0, k)
         if j + 1 < first:
             return self._look(p, s, e.success, k)
         if j < first:
@@ -120,8 +120,8 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         near, far = torch.where(success, s.near, share), torch.where(success, share, s.far)
         over = far.isinf() | (far - near < 0.1 * far)
         ray = outside(p.stage(k)) - p.x0
-        hope = torch.where(s.size.isfinite(), 0.95 * s.size / norm.size(ray).clamp_min(TINY), self.blend)
-        hope = hope.clamp_max(1)
+        blend = min(1.0, self.blend * (1 + self._place(k)[0] / 4))
+        hope = torch.where(s.size.isfinite(), 0.95 * s.size / norm.size(ray).clamp_min(TINY), blend).clamp_max(1)
         ray, share = choose(over, ray, s.ray), torch.where(over, hope, (near + far) / 2)
         x = (p.x0 + per_sample(share, ray) * ray).clamp(p.lower, p.upper)
         near, far = torch.where(over, 0, near), torch.where(over, torch.inf, far)
@@ -140,15 +140,11 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         gap = -e.loss / (steep * width)
         # The boundary as seen from the clean input: what is aimed at lies a little behind.
         aim = gap + self.beyond * (inner(normal, d) + gap).abs()
-        norm, reach = p.norm, self.reach * (1 + math.cos(math.pi * at)) / 2
-        if p.norm.name == "l0":
-            if at < self.sparse:
-                norm = NORMS["l1"]
-            elif self.l0reach:
-                reach = self.l0reach * (1 + math.cos(math.pi * (at - self.sparse) / (1 - self.sparse))) / 2
+        norm = NORMS["l1"] if p.norm.name == "l0" and at < self.sparse else p.norm
         span = NORMS["l2"].size(d) + (norm.name == "l0")  # one value may have to cross the box
+        radius = self.reach * (1 + math.cos(math.pi * at)) / 2 * span
         lo, hi = (p.lower - p.x0) / width, (p.upper - p.x0) / width
-        return p.x0 + width * Region(d, normal, aim, reach * span, lo, hi).smallest(norm)
+        return p.x0 + width * Region(d, normal, aim, radius, lo, hi).smallest(norm)
 
 
 def outside(p: Problem) -> Inputs:
@@ -162,10 +158,10 @@ def outside(p: Problem) -> Inputs:
     return p.box.lo + p.box.width * torch.sigmoid(3 * noise)
 
 
-def _fresh(p: Problem, x: Inputs, share: PerSample) -> BrendelBethgeState:
-    """Return the state before anything is known."""
-    never = share + torch.inf
-    return BrendelBethgeState(x, torch.zeros_like(x), share, never, x, never)
+def _fresh(p: Problem, x: Inputs) -> BrendelBethgeState:
+    """Return the state of a walk that knows nothing yet."""
+    never = p.full(torch.inf)
+    return BrendelBethgeState(x, torch.zeros_like(x), p.full(0.0), never, x, never)
 
 
 def _length(norm: Norm) -> Norm:
@@ -234,7 +230,6 @@ class Region(NamedTuple):
         low, high = torch.full_like(push, -torch.inf), torch.full_like(push, torch.inf)
         kept, t = self.d + per_sample(push, self.d) * self.normal, per_sample(strength, self.d)
         for _ in range(_PUSHES):
-            COUNT[0] += 1
             raw = pull(self.d + per_sample(push, self.d) * self.normal, t, kept)
             z = raw.clamp(self.lo, self.hi)
             free = torch.where((raw == z) & (z != 0), self.normal, 0)
@@ -254,14 +249,11 @@ class Region(NamedTuple):
         return NORMS["l2"].size(z - self.d)
 
 
-COUNT = [0, 0]
-MODE = ["exact"]
-
 Pull: TypeAlias = Callable[[Inputs, Inputs, Inputs], Inputs]
 """From a point v, a strength and a point that v was guessed to be, to a point with more zeros."""
 
 
-def _pull_l1(v: Inputs, strength: Inputs, kept: Inputs) -> Inputs:
+def _pull_l1(v: Inputs, strength: Inputs, _: Inputs) -> Inputs:
     return v.sign() * (v.abs() - strength).clamp_min(0)
 
 

@@ -1,5 +1,6 @@
 """The l2 attack of Carlini and Wagner, and the search for the weight of a penalty that other attacks share."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
@@ -145,9 +146,10 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
 
     def _rate(self, p: Problem, size: PerSample, weight: Weight) -> PerSample:
         progress = (weight.round + weight.age / self.steps) / self.rounds
-        fit = (10 * size / p.box.width / p.x0[0].numel() ** 0.5).clamp_max(1)
-        fade: Tensor = (0.5 + 0.5 * torch.cos(torch.pi * progress)).square()
-        return self.rate * fit * fade
+        fit = (10 * size / p.box.width / math.sqrt(p.x0[0].numel())).clamp_max(1)
+        fade = (0.5 + 0.5 * torch.cos(torch.pi * progress)).square()
+        rate: PerSample = self.rate * fit * fade
+        return rate
 
     def done(self, s: CarliniWagnerState) -> Mask:
         return s.weight.round >= self.rounds

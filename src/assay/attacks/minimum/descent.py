@@ -11,7 +11,7 @@ from assay.attacks.losses import margin
 from assay.attacks.minimum.boundary import nudge
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Door, Gradient
-from assay.threats.norms import L2
+from assay.threats.norms import L2, TINY
 from assay.threats.planes import inner, to_plane
 from assay.threats.problem import Problem
 
@@ -71,6 +71,7 @@ class Descending(NamedTuple, Generic[S]):
     size: PerSample  # of best; inf before the first success
     ahead: Inputs  # where the boundary, linear as at best, is nearest to the clean input
     share: PerSample  # of the way from best to there that is tried next
+    gap: PerSample  # the margin at best
 
     def seen(self, p: Problem, success: Mask) -> "Descending[S]":
         """Return the state after x was asked."""
@@ -86,19 +87,22 @@ class Descending(NamedTuple, Generic[S]):
         gap = e.loss - nudge(p, self.x, p.norm) * p.norm.dual(e.grad) + inner(e.grad, start - self.x)
         move = to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - start, p.upper - start)
         ahead = choose(fresh, (start + move.d).clamp(p.lower, p.upper), self.ahead)
-        share = torch.where(fresh, 2 * self.share, self.share / 2).clamp_max(1)
+        margins = torch.where(fresh, e.loss, self.gap)
+        back = (0.9 * margins / (margins - e.loss).clamp_min(TINY)).clamp(0.5, 0.9)  # to where it is 0 in between
+        share = torch.where(fresh, 2 * self.share, back * self.share).clamp_max(1)
         x = self.best + per_sample(share, ahead) * (ahead - self.best)
         if p.norm.name == "l0":
             x = p.project(x, (self.size + share * (p.size(ahead) - self.size)).clamp_max(self.size - 1).clamp_min(1))
         x = choose(found & (share < 1), x, ahead)
-        return self._replace(x=x.clamp(p.lower, p.upper), ahead=ahead, share=share)
+        return self._replace(x=x.clamp(p.lower, p.upper), ahead=ahead, share=share, gap=margins)
 
 
 class Descent(GradientAttack[Descending[S]]):
     """A descent of ``steps`` steps, after which ``closing`` more close in on the clean input along the boundary.
 
     Closing in: the margin is linearised at the smallest success z; x <- z + s (h - z), h the nearest point to x0 on
-    that plane, inside the box, and 0.1 % beyond. s doubles (to at most 1) after a success, else it is halved. Without
+    that plane, inside the box, and 0.1 % beyond. s doubles (to at most 1) after a success, else it falls to
+    where the margin is zero if linear in between, and a little more, by half at most. Without
     a success so far, h is nearest to the point asked last, and s = 1. For l0, h has the fewest changes, and x as
     many as s says. Where the model is linear, the first of these steps arrives.
     """
@@ -123,7 +127,7 @@ class Descent(GradientAttack[Descending[S]]):
     @final
     def init(self, p: Problem) -> Descending[S]:
         part = self.first(p)
-        return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5))
+        return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5), p.full(0.0))
 
     @final
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:

@@ -6,11 +6,10 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch.nn import functional as F
 
-from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import cosine, unit
+from assay.attacks.minimum.descent import Descent, cosine, unit
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
+from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem
@@ -20,7 +19,7 @@ class InwardState(NamedTuple):
     """Where the walk is, and the smallest success of all walks so far."""
 
     x: Inputs
-    radius: PerSample  # of the ball that the walk is in; inf before its first success from the clean input
+    radius: PerSample  # of the ball that the walk is in; inf before the first success of the one from the clean input
     best: Inputs
     least: PerSample  # size of best; inf where nothing succeeded
 
@@ -28,7 +27,7 @@ class InwardState(NamedTuple):
 @final
 @ATTACKS.register("inward", norm=("linf", "l2", "l1", "l0"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inward(GradientAttack[InwardState]):
+class Inward(Descent[InwardState]):
     """Walks to the boundary again and again, mostly from outside: from blends with smooth noise, later around the best.
 
     A walk ascends the margin, x <- P_r(x + a * direction(grad)), in a ball that shrinks where the goal is met,
@@ -37,16 +36,17 @@ class Inward(GradientAttack[InwardState]):
     input. The next ones start at x0 + ``blend`` (u - x0), u a smooth random image, which most networks call something
     else: on networks with hardened or masked surroundings of the clean input, its gradient leads to poor corners of
     the boundary, and walks from outside find better ones. From the middle of the budget on they start around the best
-    point so far: halfway to it, blended a little less. The last steps polish the best point.
+    point so far: halfway to it, blended a little less. The last tenth is a walk from the best point with small
+    a and g; then it closes in (:class:`Descent`).
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards.
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, one less backwards.
 
     Args:
         steps: number of steps of all walks together.
         walk: steps of one walk (l0: half of them).
         blend: share of the smooth noise in the start of a walk.
         shrink: g at the start of a walk (linf: a quarter of it).
-        polish: share of the steps that is kept for the best point.
+        closing: further steps that close in on the clean input.
         loss: what is ascended.
 
     Example:
@@ -67,63 +67,47 @@ class Inward(GradientAttack[InwardState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
-    steps: int = 500
+    steps: int = 490
     walk: int = 20
     blend: float = 0.5
     shrink: float = 0.4
-    polish: float = 0.1
+    closing: int = 8
     loss: Loss = margin
 
-    def init(self, p: Problem) -> InwardState:
+    def first(self, p: Problem) -> InwardState:
         return InwardState(p.start("clean"), p.full(torch.inf), p.x0, p.full(torch.inf))
 
-    def update(self, p: Problem, s: InwardState, e: Gradient, k: int) -> InwardState:
+    def descend(self, p: Problem, s: InwardState, e: Gradient, k: int) -> InwardState:
         size = p.size(s.x)
         better = e.success & (size < s.least)
         s = s._replace(best=choose(better, s.x, s.best), least=torch.where(better, size, s.least))
-        number, place, length = self._walk(p, k)
-        if place == length - 1 and k < self.steps - 1:
-            return self._start(p, s, number + 1)
-        last = number == self._walks(p)
-        stride = _STRIDE[p.norm.name] * (0.3 if last else 1) * cosine(place, length, 1, 0.02)
+        length, last = max(self.walk // 2 if p.norm.name == "l0" else self.walk, 1), round(0.9 * self.steps)
+        number, place = divmod(k, length)
+        if k == last - 1:
+            found = s.least.isfinite()
+            return s._replace(x=choose(found, s.best, s.x), radius=torch.where(found, s.least, s.radius))
+        if place == length - 1 and k < last:
+            return self._start(p, s, number + 1, near=2 * k > self.steps)
         first = self.shrink / 4 if p.norm.name == "linf" else self.shrink
-        shrink = cosine(place, length, 0.02, 0.001) if last else cosine(place, length, first, 0.005)
+        stride, shrink = cosine(place, length, 1, 0.02), cosine(place, length, first, 0.005)
+        if k >= last:
+            stride, shrink = (cosine(k - last, self.steps - last, a, b) for a, b in ((0.3, 0.006), (0.02, 0.001)))
         radius = _radius(p, s, e, size, shrink)
-        move = stride * _scale(p, torch.minimum(radius, s.least))
+        move = _STRIDE[p.norm.name] * stride * _scale(p, torch.minimum(radius, s.least))
         direction = e.grad.sign() if p.norm.name == "linf" else unit(p, e.grad, k)
         x = p.project(s.x + per_sample(move, s.x) * direction, radius)
         return s._replace(x=x, radius=torch.where(e.success | s.radius.isfinite(), radius, torch.inf))
 
-    def done(self, s: InwardState) -> Mask:
-        return s.least == 0
-
-    def _walks(self, p: Problem) -> int:
-        """Return the number of walks, polishing not included."""
-        length = self.walk // 2 if p.norm.name == "l0" else self.walk
-        return max(round((1 - self.polish) * self.steps / max(length, 1)), 1)
-
-    def _walk(self, p: Problem, k: int) -> tuple[int, int, int]:
-        """Return which walk query k belongs to, its place in the walk, and the walk's length."""
-        walks = self._walks(p)
-        length = max(round((1 - self.polish) * self.steps) // walks, 1)
-        number = min(k // length, walks)
-        return number, k - number * length, length if number < walks else self.steps - walks * length
-
-    def _start(self, p: Problem, s: InwardState, number: int) -> InwardState:
+    def _start(self, p: Problem, s: InwardState, number: int, *, near: bool) -> InwardState:
         """Return the state at the start of a walk."""
-        found, walks = s.least.isfinite(), self._walks(p)
-        if number == walks:
-            x = choose(found, s.best, s.x)
-            return s._replace(x=x, radius=torch.where(found, s.least, s.radius))
-        near = number > walks // 2
         x = p.x0 + (0.8 if near else 1) * self.blend * (_smooth(p.stage(number)) - p.x0)
-        x = choose(found, x + 0.5 * (s.best - p.x0), x).clamp(p.lower, p.upper) if near else x
-        # Few coordinates leave room for little: l0 walks do not come from far outside once something is found.
-        radius = torch.minimum(p.size(x), 1.3 * s.least) if p.norm.name == "l0" else p.size(x)
-        return s._replace(x=x, radius=radius)
+        if near:
+            x = choose(s.least.isfinite(), x + 0.5 * (s.best - p.x0), x).clamp(p.lower, p.upper)
+        return s._replace(x=x, radius=torch.minimum(p.size(x), _REACH[p.norm.name] * s.least))
 
+
+_REACH = {"linf": 6.0, "l2": 6.0, "l1": torch.inf, "l0": 1.3}
+"""Largest radius that a walk starts with, in sizes of the best point: what it has steps to shrink from."""
 
 _STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 1.0}
 """First stride of a walk, as a share of the radius (l0: of the box, for each coordinate)."""
@@ -132,7 +116,7 @@ _STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 1.0}
 def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: float) -> PerSample:
     """Return the radius of the next point: smaller after a success, else larger or, before any, up to the boundary."""
     ahead = size + e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
-    outer = torch.where(s.radius.isinf(), ahead, s.radius * (1 + shrink))
+    outer = torch.where(s.radius.isinf(), ahead, s.radius) * (1 + shrink)
     inner = torch.minimum(s.radius, size) * (1 - shrink)
     if p.norm.name == "l0":
         inner, outer = torch.minimum(inner.floor(), size - 1).clamp_min(1), outer.ceil()
