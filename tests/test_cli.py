@@ -277,3 +277,13 @@ def test_an_output_folder_that_is_a_file_or_holds_other_things_is_refused(tmp_pa
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "thesis.tex" in run(*EVALUATE, "--out", "full", cwd=tmp_path, check=3).stderr
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+
+
+def test_an_evaluation_at_8_bits_counts_only_what_a_file_can_hold(tmp_path):
+    command = ("evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.1", "--limit", 6, "--effort", "quick")
+    result = json.loads(run(*command, "--quantize", 8, "--json", "--out", "r", cwd=tmp_path, check=0).stdout)
+    assert result["n"] == 6
+    with np.load(next((tmp_path / "r" / "adversarials").glob("*.npz"))) as kept:
+        levels = kept["x"].astype(np.float64) * 255
+    assert len(levels)
+    assert np.abs(levels - levels.round()).max() < 1e-4

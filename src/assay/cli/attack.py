@@ -40,9 +40,7 @@ def attack(
         Path | None,
         typer.Option(metavar="DIR", help="Write PNGs proved to fool when read back; sets --quantize 8."),
     ] = None,
-    quantize: Annotated[
-        int | None, typer.Option(metavar="BITS", help="Look only for inputs whose values have this many bits.")
-    ] = None,
+    quantize: o.Quantize = None,
     max_passes: Annotated[
         int | None, typer.Option(metavar="N", help="Most passes, forward and backward together, a sample may cost.")
     ] = None,

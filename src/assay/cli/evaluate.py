@@ -1,5 +1,6 @@
 """``assay evaluate``: the main job."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ def evaluate(
     data: o.DataArg,
     threat: o.ThreatOpt,
     effort: Annotated[str, typer.Option(metavar="quick|standard|thorough", help="How hard to attack.")] = "standard",
+    quantize: o.Quantize = None,
     prove: Annotated[str | None, typer.Option(hidden=True)] = None,
     arch: o.Arch = None,
     box: o.BoxOpt = (0.0, 1.0),
@@ -46,9 +48,9 @@ def evaluate(
     from assay.evaluation import evaluate as run_evaluation
     from assay.threats import Threat
 
-    parsed = Threat.parse(threat)
+    parsed = replace(Threat.parse(threat), quantize=quantize)
     place = o.device_of(device)
-    folder = out or o.run_folder(model, data, threat, effort, seed, limit, arch, box, mean, std)
+    folder = out or o.run_folder(model, data, threat, effort, seed, limit, arch, box, mean, std, quantize)
     result = run_evaluation(
         o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle),
         load_data(data, limit=limit, trust_pickle=trust_pickle),

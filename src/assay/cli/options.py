@@ -50,6 +50,9 @@ Limit: TypeAlias = Annotated[
 ThreatOpt: TypeAlias = Annotated[
     str, typer.Option("--threat", metavar="NORM[:EPS]", help="linf:8/255, l2:0.5, ...; without eps: smallest sizes.")
 ]
+Quantize: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="BITS", help="Look only for inputs whose values have this many bits.")
+]
 Out: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder of the run (default: runs/ and a name).", rich_help_panel=_RUN)
 ]
