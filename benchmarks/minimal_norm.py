@@ -55,7 +55,7 @@ NORMS = ("linf", "l2", "l1", "l0")
 PACKAGES = {"adv-lib": "adv-lib", "Foolbox": "foolbox", "torchattacks": "torchattacks"}
 PACKAGES["ART"] = "adversarial-robustness-toolbox"
 
-COST = {"deepfool": 10, "fab": 3, "superdeepfool": 4, "sparsefool": 4, "ead": 3, "vfga": 12, "jsma": 3}
+COST = {"deepfool": 10, "fab": 3, "superdeepfool": 4, "sparsefool": 4, "vfga": 12, "jsma": 3}
 """Passes a step (in each round, where an attack has rounds) of assay's attacks; 2 where nothing is said."""
 
 
@@ -196,10 +196,12 @@ def sized(name: str, budget: int) -> Any:
     """Return the attack of that name with the steps that a budget buys, shared out among the rounds it may have."""
     attack = assay.attacks.get(name)
     knobs = {f.name for f in fields(attack)}
-    rounds = attack.rounds if "rounds" in knobs else 1
     closing = 2 * attack.closing if "closing" in knobs else 0
     # What is left is for the last queries and for verification.
-    steps = max(1, (budget - 5 - closing) // (COST.get(name, 2) * rounds))
+    queries = (budget - 5 - closing) // COST.get(name, 2)
+    if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds that go on from one another: fewer of them
+        return replace(attack, rounds=max(1, queries // attack.steps))
+    steps = max(1, queries // (attack.rounds if "rounds" in knobs else 1))
     return replace(attack, steps=steps) if "steps" in knobs else attack
 
 
