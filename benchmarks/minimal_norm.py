@@ -199,7 +199,7 @@ def sized(name: str, budget: int) -> Any:
     closing = 2 * attack.closing if "closing" in knobs else 0
     # What is left is for the last queries and for verification.
     queries = (budget - 5 - closing) // COST.get(name, 2)
-    if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds that go on from one another: fewer of them
+    if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds, each goes on from the last
         return replace(attack, rounds=max(1, queries // attack.steps))
     steps = max(1, queries // (attack.rounds if "rounds" in knobs else 1))
     return replace(attack, steps=steps) if "steps" in knobs else attack
