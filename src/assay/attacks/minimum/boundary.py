@@ -1,10 +1,11 @@
 """What the attacks that linearise the decision boundary share: gaps to rivals, the nearest facet, the last search."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from assay.attacks.loop import HasX, SlopesAttack
 from assay.attacks.losses import margin, pick
 from assay.core.types import Inputs, Logits, Mask, PerSample, choose, per_sample
 from assay.models.door import Slopes
@@ -28,6 +29,25 @@ def gaps(logits: Logits, goal: Goal, most: int) -> Tensor:
     others = logits.scatter(1, goal.label[:, None], -torch.inf)
     rivals = others.topk(min(most, logits.shape[1] - 1), 1).values
     return rivals - pick(logits, goal.label)[:, None]
+
+
+S = TypeVar("S", bound=HasX)
+
+
+class BoundaryAttack(SlopesAttack[S]):
+    """A minimal-norm attack that linearises the gaps to the ``rivals`` strongest other classes."""
+
+    __slots__ = ()
+    any_size: ClassVar[bool] = True
+    minimal: ClassVar[bool] = True
+    rivals: int
+
+    @property
+    def functions(self) -> int:
+        return self.rivals
+
+    def measure(self, logits: Logits, goal: Goal) -> Tensor:
+        return gaps(logits, goal, self.rivals)
 
 
 def crossing(p: Problem, x: Inputs, e: Slopes, norm: Norm | None = None) -> Inputs:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
+from assay.attacks.minimum.descent import toward_zero
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -254,7 +255,7 @@ Pull: TypeAlias = Callable[[Inputs, Inputs, Inputs], Inputs]
 
 
 def _pull_l1(v: Inputs, strength: Inputs, _: Inputs) -> Inputs:
-    return v.sign() * (v.abs() - strength).clamp_min(0)
+    return toward_zero(v, strength)
 
 
 def _pull_l0(v: Inputs, strength: Inputs, kept: Inputs) -> Inputs:

@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
-from torch import Tensor
-
-from assay.attacks.loop import SlopesAttack
-from assay.attacks.minimum.boundary import crossing, gaps
+from assay.attacks.minimum.boundary import BoundaryAttack, crossing
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Logits, Mask
+from assay.core.types import Inputs, Mask
 from assay.models.door import Slopes
-from assay.threats.problem import Goal, Problem
+from assay.threats.problem import Problem
 
 
 class DeepFoolState(NamedTuple):
@@ -24,7 +21,7 @@ class DeepFoolState(NamedTuple):
 @final
 @ATTACKS.register("deepfool", norm=("linf", "l2"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeepFool(SlopesAttack[DeepFoolState]):
+class DeepFool(BoundaryAttack[DeepFoolState]):
     """DeepFool: d <- d + r,  x <- x0 + (1 + h) d,  r the way from x to the nearest linear boundary of any rival.
 
     It stops where x succeeds: the first crossing, not the smallest perturbation.
@@ -45,18 +42,9 @@ class DeepFool(SlopesAttack[DeepFoolState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 50
     rivals: int = 9
     overshoot: float = 0.02
-
-    @property
-    def functions(self) -> int:
-        return self.rivals
-
-    def measure(self, logits: Logits, goal: Goal) -> Tensor:
-        return gaps(logits, goal, self.rivals)
 
     def init(self, p: Problem) -> DeepFoolState:
         x = p.start("clean")

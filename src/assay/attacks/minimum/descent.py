@@ -33,6 +33,11 @@ def unit(p: Problem, grad: Inputs, k: int) -> Inputs:
     return _L2.steepest(grad)
 
 
+def toward_zero(d: Inputs, by: Inputs) -> Inputs:
+    """Move every coordinate towards zero by the given length, and no further."""
+    return d.sign() * (d.abs() - by).clamp_min(0)
+
+
 def reach(p: Problem) -> PerSample:
     """Return the size of the largest perturbation that the box allows."""
     return p.norm.size(torch.maximum(p.upper - p.x0, p.x0 - p.lower))

@@ -8,6 +8,7 @@ import torch
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
 from assay.attacks.minimum.carlini_wagner import Weight, short
+from assay.attacks.minimum.descent import toward_zero
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -97,8 +98,3 @@ class EAD(GradientAttack[EADState]):
 
     def done(self, s: EADState) -> Mask:
         return s.weight.round >= self.rounds
-
-
-def toward_zero(d: Inputs, by: torch.Tensor) -> Inputs:
-    """Move every coordinate towards zero by the given length, and no further."""
-    return d.sign() * (d.abs() - by).clamp_min(0)

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
-from torch import Tensor
 
-from assay.attacks.loop import SlopesAttack
-from assay.attacks.minimum.boundary import Ray, from_clean, gaps, nearest_facet
+from assay.attacks.minimum.boundary import BoundaryAttack, Ray, from_clean, nearest_facet
 from assay.attacks.registry import ATTACKS
 from assay.core.registry import one_of
-from assay.core.types import Inputs, Logits, Mask, choose, per_sample
+from assay.core.types import Inputs, Mask, choose, per_sample
 from assay.models.door import Slopes
 from assay.threats.norms import TINY
-from assay.threats.problem import STARTS, Goal, Problem
+from assay.threats.problem import STARTS, Problem
 
 
 class FABState(NamedTuple):
@@ -26,7 +24,7 @@ class FABState(NamedTuple):
 @final
 @ATTACKS.register("fab", norm=("linf", "l2", "l1"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FAB(SlopesAttack[FABState]):
+class FAB(BoundaryAttack[FABState]):
     """Fast adaptive boundary: x <- (1 - a) (z + h d(z)) + a (x0 + h d(x0)), with d the way to the linear boundary.
 
     z is x, or, where x succeeds, x0 + b (x - x0). The boundary is linearised at x for each rival; the facet nearest to
@@ -57,8 +55,6 @@ class FAB(SlopesAttack[FABState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 100
     rivals: int = 2
     pull: float = 0.1
@@ -71,18 +67,11 @@ class FAB(SlopesAttack[FABState]):
         one_of("start", self.start, STARTS)
 
     @property
-    def functions(self) -> int:
-        return self.rivals
-
-    @property
     def questions(self) -> int:
         return self.steps + self.search
 
     def differentiates(self, k: int) -> bool:
         return k < self.steps
-
-    def measure(self, logits: Logits, goal: Goal) -> Tensor:
-        return gaps(logits, goal, self.rivals)
 
     def init(self, p: Problem) -> FABState:
         reach = p.full(_REACH[p.norm.name] * p.box.width)

@@ -6,7 +6,7 @@ from typing import ClassVar, final
 import torch
 
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Descent
+from assay.attacks.minimum.descent import Descent, toward_zero
 from assay.attacks.minimum.pdgd import PrimalDualState, broken, linear
 from assay.attacks.registry import ATTACKS
 from assay.core.registry import one_of
@@ -119,7 +119,7 @@ def proximal_linf(d: Inputs, weight: PerSample) -> Inputs:
 
 def proximal_l1(d: Inputs, weight: PerSample) -> Inputs:
     """Return argmin over z of |z - d|^2 / 2 + weight * sum |z|."""
-    return d.sign() * (d.abs() - per_sample(weight, d)).clamp_min(0)
+    return toward_zero(d, per_sample(weight, d))
 
 
 def proximal_l0(d: Inputs, weight: PerSample) -> Inputs:

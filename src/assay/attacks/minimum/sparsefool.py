@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
-from torch import Tensor
-
-from assay.attacks.loop import SlopesAttack
-from assay.attacks.minimum.boundary import crossing, gaps, winning
+from assay.attacks.minimum.boundary import BoundaryAttack, crossing, winning
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Logits, Mask, choose
+from assay.core.types import Inputs, Mask, choose
 from assay.models.door import Slopes
 from assay.threats.norms import L2
 from assay.threats.planes import inner, to_plane
-from assay.threats.problem import Goal, Problem
+from assay.threats.problem import Problem
 
 _L2 = L2()
 
@@ -29,7 +26,7 @@ class SparseFoolState(NamedTuple):
 @final
 @ATTACKS.register("sparsefool", norm=("l1", "l0"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseFool(SlopesAttack[SparseFoolState]):
+class SparseFool(BoundaryAttack[SparseFoolState]):
     """SparseFool: DeepFool (l2) from the sparse point u until it succeeds at z, then a sparse move of u; and again.
 
     u <- the sparsest point of the box, seen from u, on the plane through u + c (z - u) with normal w. w is the gradient
@@ -51,19 +48,10 @@ class SparseFool(SlopesAttack[SparseFoolState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l1", "l0")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 100
     rivals: int = 3
     reach: float = 1.0
     overshoot: float = 0.02
-
-    @property
-    def functions(self) -> int:
-        return self.rivals
-
-    def measure(self, logits: Logits, goal: Goal) -> Tensor:
-        return gaps(logits, goal, self.rivals)
 
     def init(self, p: Problem) -> SparseFoolState:
         x, no = p.start("clean"), p.full(0.0) > 0

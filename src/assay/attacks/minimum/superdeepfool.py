@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
-from torch import Tensor
 
-from assay.attacks.loop import SlopesAttack
-from assay.attacks.minimum.boundary import Ray, crossing, gaps, winning
+from assay.attacks.minimum.boundary import BoundaryAttack, Ray, crossing, winning
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Logits, Mask, choose, per_sample
+from assay.core.types import Inputs, Mask, choose, per_sample
 from assay.models.door import Slopes
 from assay.threats.norms import TINY
 from assay.threats.planes import inner
-from assay.threats.problem import Goal, Problem
+from assay.threats.problem import Problem
 
 
 class SuperDeepFoolState(NamedTuple):
@@ -30,7 +28,7 @@ class SuperDeepFoolState(NamedTuple):
 @final
 @ATTACKS.register("superdeepfool", norm=("l2",), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SuperDeepFool(SlopesAttack[SuperDeepFoolState]):
+class SuperDeepFool(BoundaryAttack[SuperDeepFoolState]):
     """SuperDeepFool: DeepFool from x until it succeeds at z, then x <- x + <z - x0, w> w / |w|^2, and again.
 
     w is the gradient at z of the gap to the class that z is taken for. It ends where such an x succeeds; then the way
@@ -53,19 +51,10 @@ class SuperDeepFool(SlopesAttack[SuperDeepFoolState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 100
     rivals: int = 3
     overshoot: float = 0.02
     precision: float = 0.001
-
-    @property
-    def functions(self) -> int:
-        return self.rivals
-
-    def measure(self, logits: Logits, goal: Goal) -> Tensor:
-        return gaps(logits, goal, self.rivals)
 
     def init(self, p: Problem) -> SuperDeepFoolState:
         x, no = p.start("clean"), p.full(0.0) > 0

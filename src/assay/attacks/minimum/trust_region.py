@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
-from torch import Tensor
 
-from assay.attacks.loop import SlopesAttack
-from assay.attacks.minimum.boundary import crossing, gaps
+from assay.attacks.minimum.boundary import BoundaryAttack, crossing
 from assay.attacks.registry import ATTACKS
-from assay.core.types import Inputs, Logits, Mask, PerSample, per_sample
+from assay.core.types import Inputs, Mask, PerSample, per_sample
 from assay.models.door import Slopes
 from assay.threats.norms import TINY
-from assay.threats.problem import Goal, Problem
+from assay.threats.problem import Problem
 
 
 class TrustRegionState(NamedTuple):
@@ -28,7 +26,7 @@ class TrustRegionState(NamedTuple):
 @final
 @ATTACKS.register("trust-region", norm=("linf", "l2"), access="gradient", kind="minimal")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrustRegion(SlopesAttack[TrustRegionState]):
+class TrustRegion(BoundaryAttack[TrustRegionState]):
     """Trust region attack: x <- clip(x + (1 + h) min(r, |f| / |g|_dual) * steepest(g)), until x succeeds.
 
     f is the gap to the rival whose linearised boundary is nearest, g its gradient. The radius r is multiplied by
@@ -57,8 +55,6 @@ class TrustRegion(SlopesAttack[TrustRegionState]):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
-    any_size: ClassVar[bool] = True
-    minimal: ClassVar[bool] = True
     steps: int = 200
     first: float | None = None
     least: float | None = None
@@ -68,13 +64,6 @@ class TrustRegion(SlopesAttack[TrustRegionState]):
     poor: float = 0.2
     overshoot: float = 0.02
     rivals: int = 1
-
-    @property
-    def functions(self) -> int:
-        return self.rivals
-
-    def measure(self, logits: Logits, goal: Goal) -> Tensor:
-        return gaps(logits, goal, self.rivals)
 
     def init(self, p: Problem) -> TrustRegionState:
         zero = p.full(0.0)
