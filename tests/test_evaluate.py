@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import assay
-from assay.attacks import Outcome
+from assay.attacks import Outcome, Runnable
 from assay.core.errors import AssayError, RunError, ThreatError
-from assay.evaluation import EFFORTS, block
+from assay.evaluation import Plan, Round, course, plan_for
 from assay.evaluation.block import Job, run_block
 from assay.runs import SAMPLES, Run
 
@@ -92,7 +92,8 @@ def test_every_stored_adversarial_fools_in_a_pass_of_our_own_and_is_in_the_ball(
 def test_the_passes_in_the_table_are_the_passes_of_the_net(whole, digits):
     """Counted by a net of our own; alone in its batch a sample is asked together with 7 copies of itself."""
     model, data = digits
-    job = Job(assay.Model(Counting(model.net)), data, assay.Threat("linf", 0.35), EFFORTS["quick"], 0, None)
+    threat = assay.Threat("linf", 0.35)
+    job = Job(assay.Model(Counting(model.net)), data, threat, plan_for("quick", threat), 0, None)
     status = whole.samples["status"].to_pylist()
     for row in (status.index("robust"), status.index("fooled"), 7):
         job.model.net.forwards = job.model.net.backwards = 0
@@ -103,22 +104,26 @@ def test_the_passes_in_the_table_are_the_passes_of_the_net(whole, digits):
         assert part.rows["backwards"][0] == sum(stage["backwards"] for stage in part.tally["stages"])
 
 
-def test_only_what_verification_confirms_is_counted(digits, monkeypatch):
+class Boast(Runnable):
+    """Claims every sample: as it is, or changed by more than is allowed."""
+
+    def __init__(self, far):
+        self.far = far
+
+    def run(self, door, p, *, full=False):
+        return Outcome(1 - p.x0 if self.far else p.x0, torch.ones_like(p.rows, dtype=torch.bool), p.rows * 0)
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["nothing changed", "outside the ball"])
+def test_only_what_verification_confirms_is_counted(digits, far):
     """Attacks that boast: every claim is refused, by the pass of the model or by the measured size."""
     model, data = digits
-    job = Job(model, data, assay.Threat("linf", 0.1), EFFORTS["quick"][:1], 0, None)
-    for boast in (lambda p: p.x0, lambda p: 1 - p.x0):  # nothing changed; changed by more than is allowed
-
-        def boasting(attack, door, p, out, number, boast=boast):
-            standing = ~out.success
-            return Outcome(boast(p), out.success | standing, torch.where(standing, number, out.by))
-
-        monkeypatch.setattr(block, "attack_rest", boasting)
-        part = run_block(job, [*range(16)])
-        right = sum(s != "misclassified" for s in part.rows["status"])
-        assert right > 0
-        assert not any(part.rows["fooled"])
-        assert part.tally["claimed"] == part.tally["rejected"] == right
+    plan = Plan((Round("boast", "ce", Boast(far)),))
+    part = run_block(Job(model, data, assay.Threat("linf", 0.1), plan, 0, None), [*range(16)])
+    right = sum(s != "misclassified" for s in part.rows["status"])
+    assert right > 0
+    assert not any(part.rows["fooled"])
+    assert part.tally["claimed"] == part.tally["rejected"] == right
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
@@ -132,7 +137,7 @@ def test_another_seed_is_another_run(whole, digits, tmp_path):
 
 
 class StopAfter:
-    """Progress that interrupts, as Ctrl-C would, at the n-th report with at least one stored batch."""
+    """Progress that interrupts, as Ctrl-C would, at the n-th report with at least one stored block."""
 
     def __init__(self, n):
         self.left = n
@@ -143,27 +148,34 @@ class StopAfter:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_is_a_valid_result_and_goes_on(whole, digits, tmp_path):
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of eight, so that forty samples are several."""
+    monkeypatch.setattr(course, "BLOCK", 8)
+
+
+def test_an_interrupted_run_is_a_valid_result_and_goes_on(small, digits, tmp_path):
     model, data = digits
-    first = assay.evaluate(model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=StopAfter(3), batch_size=8)
+    whole = run(digits, tmp_path / "whole")
+    first = assay.evaluate(model, data, "linf:0.35", "quick", out=tmp_path / "run", progress=StopAfter(3))
     assert not first.complete
     assert 0 < first.n < 40
-    same = whole.samples.slice(0, first.n)
-    assert first.samples.equals(same)
-    rest = run(digits, tmp_path / "run", batch_size=16)
+    assert first.samples.equals(whole.samples.slice(0, first.n))
+    rest = run(digits, tmp_path / "run", batch_size=3)
     assert rest.complete
     assert rest.samples.equals(whole.samples)
 
 
-def test_an_interruption_right_after_a_batch_was_stored_keeps_that_batch(whole, digits, tmp_path, monkeypatch):
+def test_an_interruption_right_after_a_block_was_stored_keeps_that_block(small, digits, tmp_path, monkeypatch):
     add = Run.add
 
     def interrupted(self, *args):
         add(self, *args)
         raise KeyboardInterrupt
 
+    whole = run(digits, tmp_path / "whole")
     monkeypatch.setattr(Run, "add", interrupted)
-    first = run(digits, tmp_path / "run", batch_size=8)
+    first = run(digits, tmp_path / "run")
     assert not first.complete
     assert first.samples.equals(whole.samples.slice(0, 8))
     assert Run.read(tmp_path / "run").manifest["totals"]["n"] == 8
@@ -200,11 +212,12 @@ def test_a_run_of_other_settings_is_refused_and_says_what_differs(whole, digits)
     assert Run.read(whole.run.path).samples().equals(whole.samples)
 
 
-def test_batches_may_come_back_in_any_order_from_an_executor(whole, digits, tmp_path):
+def test_blocks_may_come_back_in_any_order_from_an_executor(small, digits, tmp_path):
     def backwards(work, tasks):
         return map(work, reversed([*tasks]))
 
-    assert run(digits, tmp_path / "run", batch_size=16, executor=backwards).samples.equals(whole.samples)
+    whole = run(digits, tmp_path / "whole")
+    assert run(digits, tmp_path / "run", executor=backwards).samples.equals(whole.samples)
 
 
 def test_the_curve_is_a_falling_step_function_that_ends_at_the_robust_accuracy(whole):
@@ -223,7 +236,10 @@ def test_the_manifest_says_all_that_decides_the_numbers(whole):
     assert manifest["identity"].keys() == {
         "threat",
         "effort",
-        "stages",
+        "plan",
+        "max_passes",
+        "until_interval",
+        "block",
         "n",
         "seed",
         "prove",
@@ -234,7 +250,8 @@ def test_the_manifest_says_all_that_decides_the_numbers(whole):
         "probabilities",
     }
     assert manifest["totals"]["robust_accuracy"] == whole.robust_accuracy
-    assert [s["name"] for s in manifest["identity"]["stages"]] == ["pgd-margin", "inward", "apgd-targeted", "square"]
+    names = [r["name"] for r in manifest["identity"]["plan"]["rounds"]]
+    assert names == ["ce-15", "margin-15", "funnel-15", "ce-30", "funnel-30"]
     assert sum(c["n"] for c in manifest["totals"]["per_class"]) == 40
 
 

@@ -3,6 +3,7 @@
 import copy
 import html as markup
 import io
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from assay.cli.app import app
 from assay.core.errors import RunError
 from assay.core.progress import Snapshot, silent
 from assay.reports import compare_table, live, print_run, verdict, write_report
@@ -20,8 +23,9 @@ from assay.reports.figures import confusions, curve, falling
 from assay.reports.pictures import as_image, difference, picture
 from assay.reports.summary import read, summarize
 from assay.reports.table import median_size
-from assay.reports.text import Units, call, count, duration, percent
-from assay.runs import SAMPLES, Run, totals
+from assay.reports.text import Units, call, count, duration, memory, percent, span
+from assay.runs import SAMPLES, Run, exact_interval, totals
+from assay.runs.statistics import upper_bound
 
 EPS = 0.3
 N, RIGHT, FOOLED = 40, 36, 12
@@ -461,6 +465,89 @@ def test_threats_are_said_in_words(run):
     assert "l-infinity ball of 8/255 and facing an attacker who wants a chosen class" in verdict(run.manifest)
 
 
+# what an evaluation was asked to say besides
+
+
+AUDIT = {"attacked": 20, "broken": 0, "missed_at_most": upper_bound(0, 20), "confidence": 0.95}
+
+
+def test_the_robust_accuracy_at_the_eps_that_were_asked_for(tmp_path):
+    run = fabricate(tmp_path / "run", eps_list=[0.1, 0.2, EPS, 0.5])
+    sizes = run.samples()["size"].to_numpy()
+    shown, text = printed(print_run, run), words(page_of(run))
+    for eps in (0.1, 0.2, EPS):
+        hits = int((sizes > eps).sum())
+        low, high = exact_interval(hits, N)
+        row = rf"{eps}\s+{percent(hits / N)}\s+{span(low, high)}"
+        assert re.search(row, shown), row
+        assert re.search(row.replace(r"\s+", r"\s*"), text), row
+    assert "0.5" not in shown
+    assert "0.225" not in text
+
+
+def test_without_a_list_of_eps_the_page_shows_five(run):
+    assert "0.225" in words(page_of(run))
+    assert "eps   robust" not in printed(print_run, run)
+
+
+def test_an_audit_is_said_beside_the_verdict(tmp_path):
+    run = fabricate(tmp_path / "run", audit=AUDIT)
+    said = "An audit of 20 of the 24 survivors broke none: at most 13.9 % of survivors were missed (95 %)."
+    assert said in words(page_of(run))
+    assert said in printed(print_run, run)
+
+
+def test_an_audit_that_broke_something_says_of_how_many(tmp_path):
+    """What it broke was standing before: 24 are robust after it, 26 before."""
+    broke = AUDIT | {"broken": 2, "missed_at_most": upper_bound(2, 20)}
+    shown = printed(print_run, fabricate(tmp_path / "run", audit=broke))
+    assert "An audit of 20 of the 26 survivors broke 2: at most 28.3 % of survivors were missed (95 %)." in shown
+
+
+def test_what_bounded_a_run_is_said(tmp_path):
+    run = fabricate(tmp_path / "run", bounded="--max-passes 50 ended the attacks on 9 samples")
+    for shown in (words(page_of(run)), printed(print_run, run)):
+        assert "Stopped early: --max-passes 50 ended the attacks on 9 samples." in shown
+    assert "Complete: all 40 images" in words(page_of(run))
+    partial = fabricate(tmp_path / "partial", bounded="--max-seconds 60 passed", complete=False, totals=None)
+    partial.manifest["data"]["n"] = 100
+    assert verdict(partial).startswith("Stopped after 40 of 100 images: within")
+    assert verdict(partial).endswith("Stopped early: --max-seconds 60 passed.")
+
+
+def test_json_tells_the_same(tmp_path):
+    from assay.cli.evaluate import summary
+    from assay.evaluation import Evaluation
+
+    run = fabricate(tmp_path / "run", eps_list=[0.1, EPS], audit=AUDIT, bounded="enough")
+    told = json.loads(json.dumps(summary(Evaluation(run)), allow_nan=False))
+    assert (told["audit"], told["bounded"]) == (AUDIT, "enough")
+    assert [p["eps"] for p in told["curve"]] == [0.1, EPS]
+    assert told["curve"][1] == {"eps": EPS, "robust_accuracy": 0.6, "interval": [*exact_interval(24, N)]}
+    plain = summary(Evaluation(fabricate(tmp_path / "plain")))
+    assert (plain["audit"], plain["bounded"], plain["curve"]) == (None, None, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "says"), [(".1,.5", 2, "up to the eps of --threat, 0.3"), (".1,x", 3, "a number or a fraction")]
+)
+def test_a_list_of_eps_that_cannot_be_read_off_is_refused_before_anything_runs(asked, code, says):
+    command = ["evaluate", "demo:mnist-robust", "demo:mnist", "--threat", "linf:0.3", "--eps-list", asked]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == code
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("evil", [-1, 0, 10**400, 1e308, float("nan"), True, "x", [], [1, "a", None], {"a": 1}, None])
+def test_none_of_it_can_break_the_page(run, tmp_path, evil):
+    whole = run.manifest | {"audit": AUDIT, "bounded": "enough", "eps_list": [0.1]}
+    for way in [("audit",), ("bounded",), ("eps_list",), *(("audit", key) for key in AUDIT)]:
+        run.manifest = copy.deepcopy(whole)
+        place(run.manifest, way[:-1])[way[-1]] = evil
+        assert "<h1>" in write_report(run, tmp_path / "x.html").read_text(), way
+        assert printed(print_run, run), way
+
+
 # figures
 
 
@@ -534,6 +621,7 @@ def test_numbers_are_written_honestly():
         "2 min 05 s",
         "3 h 12 min",
     ]
+    assert [memory(v) for v in (0, 999, 1000, 2_471_424)] == ["0 B", "999 B", "1 kB", "2.47 MB"]
     assert Units.of("linf:8/255").show(4 / 255) == "4/255"
     assert Units.of("linf:0.3").show(float("inf")) == "none found"
     assert call({"name": "targets", "attack": {"name": "apgd", "steps": 9}}) == "targets(attack=apgd(steps=9))"

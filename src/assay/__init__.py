@@ -23,6 +23,7 @@ _HOME = {
     "RunError": "assay.core.errors",
     "Threat": "assay.threats",
     "ThreatError": "assay.core.errors",
+    "compare": "assay.runs.compare",
     "evaluate": "assay.evaluation",
     "load_data": "assay.data",
     "load_model": "assay.models.loaders",

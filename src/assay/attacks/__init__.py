@@ -7,6 +7,7 @@ from assay.attacks.gradient.acg import ACG
 from assay.attacks.gradient.apgd import APGD
 from assay.attacks.gradient.bim import BIM
 from assay.attacks.gradient.fgsm import FGSM
+from assay.attacks.gradient.funnel import Funnel
 from assay.attacks.gradient.pgd import PGD
 from assay.attacks.gradient.rfgsm import RFGSM
 from assay.attacks.gradient.targeted_ascent import TargetedAscent
@@ -67,6 +68,7 @@ __all__ = [
     "DecisionAttack",
     "DeepFool",
     "Diversity",
+    "Funnel",
     "GradientAttack",
     "Inward",
     "Momentum",

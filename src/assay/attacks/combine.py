@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from assay.attacks.attack import Outcome, Runnable
 from assay.attacks.gradient.pgd import PGD
@@ -12,7 +13,8 @@ from assay.attacks.losses import along
 from assay.core.registry import UsageError
 from assay.core.types import Labels, Logits, choose
 from assay.models.door import Door
-from assay.threats.problem import Problem
+from assay.threats.norms import TINY
+from assay.threats.problem import Goal, Problem
 
 
 @final
@@ -57,7 +59,12 @@ class Restarts(Runnable):
 @final
 @dataclass(frozen=True, slots=True)
 class Targets(Runnable):
-    """Runs an attack toward each of the ``count`` classes that are nearest by clean logit, on what is still standing.
+    """Runs an attack toward each of the ``count`` nearest classes, on what is still standing.
+
+    Near is what has a large clean logit, or what an earlier attack came near to (``Problem.order``). With ``among``
+    more classes than that, these many are compared by the distance to the boundary between class and label, as the
+    gradient at the clean input tells it: where there are hundreds of classes, large logits are not what is near
+    (Melamed et al. 2024, arXiv:2407.02240, sec. 3). That costs one forward and ``among`` backward passes.
 
     Success is to leave the label, by way of whichever class. Under a targeted threat the target is given, and the
     attack runs once.
@@ -65,6 +72,7 @@ class Targets(Runnable):
 
     attack: Runnable
     count: int = 9
+    among: int = 0
 
     def __post_init__(self) -> None:
         _at_least_one(self.count, "Targets.count")
@@ -78,9 +86,28 @@ class Targets(Runnable):
         return out
 
     def _ranked(self, door: Door, p: Problem, label: Labels) -> Iterator[Labels]:
-        z = _clean_logits(door, p)
-        order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-        return iter(order[:, : min(self.count, z.shape[1] - 1)].T)
+        order = p.order
+        if order is None:
+            z = _clean_logits(door, p)
+            order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+        if min(self.among, order.shape[1] - 1) > self.count:
+            order = _by_distance(door, p, order[:, : min(self.among, order.shape[1] - 1)])
+        return iter(order[:, : min(self.count, order.shape[1] - 1)].T)
+
+
+def _by_distance(door: Door, p: Problem, candidates: Labels) -> Labels:
+    """Sort candidate classes (b, m) by the distance to their boundaries with the label, as the gradient tells it."""
+
+    def gaps(z: Logits, goal: Goal) -> Tensor:
+        assert goal.label is not None
+        assert goal.weights is not None
+        return z.gather(1, goal.weights) - z.gather(1, goal.label[:, None])
+
+    q = p.along(candidates)  # the goal carries them, so that they are cut with it
+    e = door.slopes(p.x0, q, gaps, candidates.shape[1])
+    steep = torch.stack([p.norm.dual(e.slopes[:, i]) for i in range(candidates.shape[1])], 1)
+    nearest = (-e.values / steep.clamp_min(TINY)).argsort(dim=1, stable=True)
+    return candidates.gather(1, nearest)
 
 
 def _at_least_one(count: int, what: str) -> None:

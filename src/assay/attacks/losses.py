@@ -19,6 +19,9 @@ LOSSES: Registry[Loss] = Registry("loss")
 _LEAST_GAP = 1e-12
 """Below every gap between two different float32 logits that matters: only where the largest logits tie."""
 
+_MOST_GAP = 10.0
+"""A gap whose softmax float32 still tells from 1 with three digits."""
+
 
 @LOSSES.register("ce")
 def cross_entropy(logits: Logits, goal: Goal) -> PerSample:
@@ -43,6 +46,17 @@ def rescaled_cross_entropy(logits: Logits, goal: Goal) -> PerSample:
     top = logits.detach().topk(2, 1).values
     gap = top[:, :1] - top[:, 1:]
     return cross_entropy(logits / torch.where(gap > _LEAST_GAP, gap, 1), goal)
+
+
+@LOSSES.register("tempered-ce")
+def tempered_cross_entropy(logits: Logits, goal: Goal) -> PerSample:
+    """Cross-entropy of logits that are scaled down, where they must, until the two largest are ``_MOST_GAP`` apart.
+
+    On ordinary logits this is cross-entropy; on huge ones, where in float32 a softmax is 0 or 1 and has no gradient,
+    it is :func:`rescaled_cross_entropy` at another temperature. The factor is a constant to the gradient.
+    """
+    top = logits.detach().topk(2, 1).values
+    return cross_entropy(logits / ((top[:, :1] - top[:, 1:]) / _MOST_GAP).clamp_min(1), goal)
 
 
 @LOSSES.register("margin")

@@ -8,6 +8,7 @@ import typer
 
 from assay import __version__
 from assay.cli.attack import attack
+from assay.cli.compare import compare
 from assay.cli.demo import demo
 from assay.cli.doctor import doctor
 from assay.cli.evaluate import evaluate
@@ -44,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for command in (evaluate, attack, report, demo, doctor):
+for command in (evaluate, attack, compare, report, demo, doctor):
     app.command()(command)
 
 

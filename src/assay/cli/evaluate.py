@@ -1,15 +1,38 @@
 """``assay evaluate``: the main job."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from assay.cli import options as o
+from assay.core.registry import UsageError
 
 if TYPE_CHECKING:
     from assay.evaluation import Evaluation
+    from assay.evaluation.cost import Cost
+    from assay.threats import Threat
+
+_STOP: Final = "When to stop"
+
+EffortOpt = Annotated[str, typer.Option(metavar="quick|standard|thorough|reference", help="How hard to attack.")]
+MaxPasses = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="No sample spends more passes.", rich_help_panel=_STOP)
+]
+MaxSeconds = Annotated[
+    float | None, typer.Option(min=0, metavar="S", help="Stop after this time.", rich_help_panel=_STOP)
+]
+UntilInterval = Annotated[
+    float | None,
+    typer.Option(metavar="W", help="Stop when the interval of robust accuracy is this narrow.", rich_help_panel=_STOP),
+]
+EpsList = Annotated[
+    str | None, typer.Option(metavar="EPS[,EPS...]", help="Say the robust accuracy at these eps as well.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Attack nothing; say what it will cost on this machine.")]
 
 
 @o.told
@@ -17,7 +40,8 @@ def evaluate(
     model: o.ModelArg,
     data: o.DataArg,
     threat: o.ThreatOpt,
-    effort: Annotated[str, typer.Option(metavar="quick|standard|thorough", help="How hard to attack.")] = "standard",
+    effort: EffortOpt = "standard",
+    eps_list: EpsList = None,
     quantize: o.Quantize = None,
     prove: Annotated[str | None, typer.Option(hidden=True)] = None,
     arch: o.Arch = None,
@@ -26,6 +50,10 @@ def evaluate(
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
     limit: o.Limit = None,
+    max_passes: MaxPasses = None,
+    max_seconds: MaxSeconds = None,
+    until_interval: UntilInterval = None,
+    dry_run: DryRun = False,
     out: o.Out = None,
     seed: o.Seed = 0,
     device: o.Device = None,
@@ -49,23 +77,73 @@ def evaluate(
     from assay.threats import Threat
 
     parsed = replace(Threat.parse(threat), quantize=quantize)
+    settings = {"max_passes": max_passes, "until_interval": until_interval, "eps_list": _eps_list(eps_list, parsed)}
+    given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     place = o.device_of(device)
-    folder = out or o.run_folder(model, data, threat, effort, seed, limit, arch, box, mean, std, quantize)
+    loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    if dry_run:
+        from assay.evaluation.cost import estimate
+
+        cost = estimate(loaded, samples, parsed, effort, place, batch_size)
+        show_cost(cost.within(max_passes, max_seconds), as_json=as_json)
+        return
+    name = [model, data, threat, effort, seed, limit, arch, box, mean, std, quantize, *([given] if given else [])]
     result = run_evaluation(
-        o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle),
-        load_data(data, limit=limit, trust_pickle=trust_pickle),
+        loaded,
+        samples,
         parsed,
         effort,
         prove,
         seed,
         batch_size,
         place,
-        folder,
+        out or o.run_folder(*name),
         resume=not no_resume,
         progress=not (quiet or as_json),
         command=o.command_line(),
+        **given | ({} if max_seconds is None else {"max_seconds": max_seconds}),
     )
     finish(result, as_json=as_json, quiet=quiet)
+
+
+def _eps_list(text: str | None, threat: "Threat") -> list[float] | None:
+    """Read ``.1,.2`` or ``1/255,2/255``: each as the eps of --threat, and none beyond it."""
+    from assay.threats import Threat
+
+    if text is None:
+        return None
+    found = sorted({Threat.parse(f"{threat.norm.name}:{part}").eps or 0.0 for part in text.split(",")})
+    if threat.eps is not None and found[-1] > threat.eps:
+        raise UsageError(
+            f"--eps-list up to the eps of --threat, {threat.eps:g}, which is what is attacked",
+            f"{found[-1]:g}",
+            "Give --threat the largest of them.",
+        )
+    return found
+
+
+def show_cost(cost: "Cost", *, as_json: bool) -> None:
+    """Print what an evaluation will cost."""
+    from assay.reports.text import count, duration, memory
+
+    if as_json:
+        o.emit(cost.to_json())
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    low, high = map(duration, cost.seconds)
+    grid.add_row("samples", count(cost.samples))
+    grid.add_row("passes per sample", f"{count(cost.passes[0])} as a rule, {count(cost.passes[1])} at most")
+    grid.add_row("time", f"{low} to {high}")
+    grid.add_row("device", f"{cost.device}, {count(cost.batch)} samples at a time")
+    asked = (
+        f"{duration(cost.forward)} forward, {duration(cost.gradient)} with gradient, {memory(cost.memory)} kept for it"
+    )
+    grid.add_row("a batch", asked)
+    Console(highlight=False).print(
+        Text("Nothing is attacked; this is what it would cost.", style="bold"), grid, sep="\n\n"
+    )
 
 
 def finish(result: "Evaluation", *, as_json: bool, quiet: bool) -> None:
@@ -81,7 +159,7 @@ def finish(result: "Evaluation", *, as_json: bool, quiet: bool) -> None:
         console = Console(highlight=False)
         print_run(result.run, console)
         console.print(f"report  {page}", markup=False, soft_wrap=True)
-    if not result.complete:
+    if not result.complete and not result.run.manifest.get("bounded"):
         o.errors.print(f"interrupted after {result.n} samples, which are saved; to go on:")
         o.errors.print(f"  {o.command_line()}", markup=False, soft_wrap=True)
         raise typer.Exit(o.INTERRUPTED)
@@ -89,11 +167,19 @@ def finish(result: "Evaluation", *, as_json: bool, quiet: bool) -> None:
 
 def summary(result: "Evaluation") -> dict[str, Any]:
     """Return the JSON object of ``--json``."""
-    totals = result.totals()
+    from assay.reports import points
+
+    totals, manifest = result.totals(), result.run.manifest
     keys = ("n", "clean_accuracy", "robust_accuracy", "certified_accuracy", "interval", "passes", "seconds")
     return {
         **{k: totals[k] for k in keys},
         "findings": [f.to_json() for f in result.findings],
         "run": str(result.run.path),
         "complete": result.complete,
+        "bounded": manifest.get("bounded"),
+        "audit": manifest.get("audit"),
+        "curve": [
+            {"eps": p.eps, "robust_accuracy": p.rate.value, "interval": [p.rate.low, p.rate.high]}
+            for p in points(manifest, result.samples)
+        ],
     }

@@ -1,22 +1,25 @@
-"""One block of samples: the clean pass, the cascade, verification, and what is written down."""
+"""One block of samples: the clean pass, the race, verification, and what is written down."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from pathlib import Path
+from typing import Any, Final, TypeAlias, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.attacks import LOSSES, Outcome
+from assay.attacks import LOSSES
 from assay.attacks.attack import verify
-from assay.attacks.combine import attack_rest
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Mask, choose, per_sample
+from assay.core.types import Inputs, Labels, Logits, Mask, choose, per_sample
 from assay.data import Data
-from assay.evaluation.efforts import Stage
+from assay.evaluation.journal import Journal, packed, unpacked
+from assay.evaluation.race import Plan, Race, Round
 from assay.models import Door, Live, Model
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
@@ -24,18 +27,26 @@ from assay.threats.problem import exact_size
 SHRINK_PASSES = 6
 """Halvings of the way from the clean input to an adversarial one, to find a smaller one."""
 
+BATCH: Final = 128
+"""Samples that are attacked together by default."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a block needs besides its samples; can be sent to another process."""
+    """What a block needs besides its samples; can be sent to another process.
+
+    ``batch`` samples are attacked together, which changes no result. No sample spends more than ``max_passes``.
+    """
 
     model: Model
     data: Data
     threat: Threat
-    stages: tuple[Stage, ...]
+    plan: Plan
     seed: int
     device: torch.device | str | None
+    batch: int = BATCH
+    max_passes: int | None = None
 
 
 @final
@@ -44,7 +55,7 @@ class Part:
     """What came of one block, ready to be stored."""
 
     rows: dict[str, list[Any]]
-    adversarials: dict[str, np.ndarray]
+    adversarials: dict[str, NDArray[Any]]
     tally: dict[str, Any]
 
 
@@ -56,45 +67,226 @@ def ignore(stage: str, passes: int) -> None:
     """Tell nobody."""
 
 
-def run_block(job: Job, rows: list[int], tell: Tell = ignore) -> Part:
-    """Attack the samples ``rows`` of the job's data: all that one call of an executor does."""
+def run_block(
+    job: Job, rows: list[int], tell: Tell = ignore, journal: Path | None = None, deadline: float = math.inf
+) -> Part:
+    """Attack the samples ``rows`` of the job's data: all that one call of an executor does.
+
+    With a ``journal``, goes on with the race that is kept there, and keeps it there until the block is done. After the
+    ``deadline``, on the clock ``time.monotonic``, no further attack begins.
+    """
     with job.model.frozen(job.device) as live:
         # The draws of attacks belong to samples; those of a model that is random can only belong to a block.
         torch.manual_seed(hash((job.seed, rows[0])) % 2**63)
-        return _attack_block(job, live, rows, tell)
+        return _Block(job, live, rows, tell, Journal(journal), deadline).run()
 
 
-def _attack_block(job: Job, live: Live, rows: list[int], tell: Tell) -> Part:
-    """Run the cascade on some samples, verify every success, shrink it, and write down what was found."""
-    index = torch.tensor(rows)
-    x, y = job.data.batch(index).to(live.device), job.data.labels[index].to(live.device)
-    clock = _Clock(live, index, tell)
-    door = clock.door
-    truth = Problem.pose(x, y, job.threat, Draws.of(job.seed, index.to(live.device)))
-    # Attacks get a copy of their own: what they do to it must not decide whether they succeeded.
-    p = Problem.pose(x.clone(), y.clone(), job.threat, truth.draws)
-    with clock.stage("clean", len(p)) as stage:
-        z = door.logits(x, p.rows)
-        wrong = p.goal.reached(z)
-        stage["broken"] = int(wrong.sum())
-    truth, p = replace(truth, clean_logits=z), replace(p, clean_logits=z)
-    out = replace(Outcome.nothing(p), success=wrong)
-    for number, part in enumerate(job.stages):
-        if not out.success.all():
-            out = _attack_stage(clock, truth, p, out, number, part)
-    return _write_down(job, clock, truth, out, wrong, index)
+class _Block:
+    """Samples numbered 0 .. n - 1, their race, and the audit of those that are left."""
+
+    def __init__(self, job: Job, live: Live, rows: list[int], tell: Tell, journal: Journal, deadline: float) -> None:
+        self.job, self.index, self.journal, self.deadline = job, torch.tensor(rows), journal, deadline
+        self.clock = _Clock(live, self.index, tell)
+        self.x, self.y = job.data.batch(self.index), job.data.labels[self.index]
+        self.bounded: str | None = None
+        self.race: Race
+        self.audit: Race | None = None
+        self.clean: Logits
+
+    def run(self) -> Part:
+        if not self._resume():
+            self._begin()
+        self._compete(self.race, self.job.plan.rounds, 0, self.job.plan.most)
+        if self.job.plan.audit and self.audit is None:
+            self._choose()
+        if self.audit is not None:
+            self._compete(self.audit, self.job.plan.ladder, len(self.job.plan.rounds))
+        return self._write_down()
+
+    def _begin(self) -> None:
+        everyone = torch.arange(len(self.index))
+        with self.clock.stage("clean", "clean", len(everyone)) as stage:
+            parts = everyone.split(self.job.batch)  # type: ignore[no-untyped-call]
+            self.clean = torch.cat([self.clock.door.logits(*self._there(self.x[at], at)).cpu() for at in parts])
+            right = self.clean.argmax(1) == self.y
+            stage["broken"] += int((~right).sum())
+        self.race = self._line_up(self.job.plan.rounds, right)
+
+    def _choose(self) -> None:
+        """Choose the survivors that are audited: those with the lowest lots."""
+        left = self.race.standing
+        count = min(math.ceil(self.job.plan.audit * int(left.sum())), int(left.sum()))
+        lots = torch.where(left, Draws.of(self.job.seed, self.index).fold(_AUDIT).uniform(), torch.inf)
+        chosen = torch.zeros_like(left)
+        chosen[lots.argsort(stable=True)[:count]] = True
+        self.audit = self._line_up(self.job.plan.ladder, chosen)
+
+    def _line_up(self, rounds: tuple[Round, ...], entered: Mask) -> Race:
+        return Race.start(rounds, self.x, self.clean, self.y, entered, Draws.of(self.job.seed, self.index))
+
+    def _compete(self, race: Race, rounds: tuple[Round, ...], first: int, most: int | None = None) -> None:
+        """Run the rounds of a race; the numbers under which they are known begin with ``first``."""
+        while time.monotonic() < self.deadline:
+            # Between blocks only: where batches end must not matter.
+            if most is not None and not len(race.waiting) and self._spent() > most:
+                return
+            if (now := race.next(rounds, self.job.batch)) is None:
+                return
+            self._attack(race, *now, first)
+            self.journal.save(self._state)
+        self.bounded = "max-seconds"
+
+    def _spent(self) -> float:
+        """Return the passes so far, on average over the samples that are right."""
+        passes = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
+        return passes / max(1, int((self.clean.argmax(1) == self.y).sum()))
+
+    def _attack(self, race: Race, part: Round, ids: Labels, first: int) -> None:
+        """Run one round on some samples; only claims that verification confirms count as fallen."""
+        door, samples = self.clock.door, self.job.model.samples
+        most = None if self.job.max_passes is None else self.job.max_passes - 2 * samples  # to verify, and to look
+        with door.limited(most):
+            able = door.affords(ids.to(door.live.device), 2)
+        if able is not None:
+            self.bounded, ids = "max-passes", ids[able.cpu()]
+            if not len(ids):
+                return
+        truth = self._pose(ids)
+        with self.clock.stage(part.name, part.kind, len(ids)) as stage:
+            # Attacks get a copy of their own: what they do to it must not decide whether they succeeded.
+            p = self._pose(ids).stage(first + 64 * race.turns + race.order[race.leg])
+            p = replace(p, order=race.near[ids].argsort(dim=1, descending=True, stable=True).to(p.x0.device))
+            if part.warm:
+                p = p.starting(race.best[ids].to(p.x0.device))
+            with door.limited(most):
+                out = part.attack.run(door, p, full=part.full)
+            holds, x, _ = verify(door, truth, out)
+            logits = self._look(truth, x, ~holds)
+            self._count(stage, race, len(ids), int(holds.sum()))
+        self.clock.claimed += int(out.success.sum())
+        self.clock.rejected += int((out.success & ~holds).sum())
+        race.settle(ids, holds.cpu(), logits.cpu(), self.y[ids], x.cpu())
+
+    @staticmethod
+    def _count(stage: dict[str, Any], race: Race, entered: int, broken: int) -> None:
+        """Add to the row of a stage; ``last`` holds the counts of its last turn."""
+        if stage.get("turn") != race.turns:
+            stage.update(turn=race.turns, last={"entered": 0, "broken": 0})
+        stage["broken"] += broken
+        stage["last"]["entered"] += entered
+        stage["last"]["broken"] += broken
+
+    def _look(self, truth: Problem, x: Inputs, left: Mask) -> Logits:
+        """Return the logits at the best points of the samples that are ``left``, the clean ones for the others."""
+        assert truth.clean_logits is not None
+        at = (left & truth.allows(x)).nonzero()[:, 0]
+        if not len(at):
+            return truth.clean_logits
+        z = self.clock.door.logits(x[at], truth.rows[at])
+        return truth.clean_logits.index_copy(0, at, z.to(truth.clean_logits.dtype))
+
+    def _pose(self, ids: Labels) -> Problem:
+        x, y, rows, clean = self._there(self.x[ids], self.y[ids], ids, self.clean[ids])
+        draws = Draws.of(self.job.seed, self.index[ids].to(x.device))
+        return replace(Problem.pose(x, y, self.job.threat, draws, rows), clean_logits=clean)
+
+    def _there(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Return copies on the model's device."""
+        return tuple(v.to(self.clock.door.live.device, copy=True) for v in values)
+
+    def _state(self) -> dict[str, NDArray[Any]]:
+        door, clock = self.clock.door, self.clock
+        told = {"stages": clock.stages, "claimed": clock.claimed, "rejected": clock.rejected}
+        passes = {"forwards": door.forwards.cpu().numpy(), "backwards": door.backwards.cpu().numpy()}
+        races = self.race.to_arrays("race.") | ({} if self.audit is None else self.audit.to_arrays("audit."))
+        return {"index": self.index.numpy(), "clean": self.clean.numpy(), "told": packed(told), **passes, **races}
+
+    def _resume(self) -> bool:
+        """Go on where the journal says; tell whether there was one, of these samples."""
+        arrays = self.journal.load()
+        if arrays is None or not np.array_equal(arrays["index"], self.index.numpy()):
+            return False
+        self.clean, told = torch.from_numpy(arrays["clean"]), unpacked(arrays["told"])
+        self.clock.stages, self.clock.claimed, self.clock.rejected = (
+            told[k] for k in ("stages", "claimed", "rejected")
+        )
+        for name in ("forwards", "backwards"):
+            getattr(self.clock.door, name).copy_(torch.from_numpy(arrays[name]))
+        self.race = Race.from_arrays(arrays, "race.")
+        self.audit = Race.from_arrays(arrays, "audit.") if "audit.best" in arrays else None
+        return True
+
+    def _write_down(self) -> Part:
+        race, audit, names = self.race, self.audit, [r.name for r in (*self.job.plan.rounds, *self.job.plan.ladder)]
+        wrong = self.clean.argmax(1) != self.y
+        by, best, told = race.by, race.best, None
+        if audit is not None:
+            late = audit.by >= 0
+            by = torch.where(late, audit.by + len(self.job.plan.rounds), by)
+            best = choose(late, audit.best, best)
+            entered = late | audit.standing
+            told = {"attacked": int(entered.sum()), "broken": int(late.sum())}
+        fooled = by >= 0
+        at = fooled.nonzero()[:, 0]
+        x, z, survive = self._shrunk(best, at)
+        sizes = torch.full(wrong.shape, torch.inf, dtype=torch.float64)
+        sizes[wrong] = 0.0
+        sizes[at] = exact_size(self.job.threat.norm, x, self.x[at]).double()
+        after = torch.full_like(self.y, -1).index_copy(0, at, z.argmax(1))
+        rows = {
+            "index": self.index.tolist(),
+            "label": self.y.tolist(),
+            "prediction": self.clean.argmax(1).tolist(),
+            "margin": (-LOSSES["margin"](self.clean, Goal(self.y))).double().tolist(),
+            "fooled": fooled.tolist(),
+            "adversarial_prediction": [a if a >= 0 else None for a in after.tolist()],
+            "size": sizes.tolist(),
+            "broken_by": [names[b] if b >= 0 else None for b in by.tolist()],
+            "certified": [None] * len(by),
+            "lower": [0.0] * len(by),
+            "upper": sizes.tolist(),
+            "forwards": self.clock.door.forwards.tolist(),
+            "backwards": self.clock.door.backwards.tolist(),
+            "status": [
+                "misclassified" if w else "fooled" if f else "robust"
+                for w, f in zip(wrong.tolist(), fooled.tolist(), strict=True)
+            ],
+        }
+        arrays = {
+            "index": self.index[at],
+            "x": x,
+            "clean": self.x[at],
+            "label": self.y[at],
+            "prediction": z.argmax(1),
+            "clean_confidence": self.clean[at].softmax(1).amax(1).float(),
+            "confidence": z.softmax(1).amax(1).float(),
+        }
+        tally = {
+            "stages": self.clock.stages,
+            "claimed": self.clock.claimed,
+            "rejected": self.clock.rejected,
+            "survive_8bit": survive,
+            "audit": told,
+            "bounded": self.bounded,
+            "seconds": sum(s["seconds"] for s in self.clock.stages),
+        }
+        return Part(rows, {k: v.numpy() for k, v in arrays.items()}, tally)
+
+    def _shrunk(self, best: Inputs, at: Labels) -> tuple[Inputs, Logits, int]:
+        """Shrink the adversarial points of the samples ``at``; return them, their logits, and what survives 8 bits."""
+        points, logits, survive = [best[:0]], [self.clean[:0]], 0
+        with self.clock.stage("shrink", "shrink", len(at)):
+            for ids in at.split(self.job.batch) if len(at) else ():  # type: ignore[no-untyped-call]
+                p, (x,) = self._pose(ids), self._there(best[ids])
+                survive += _after_rounding(self.clock.door, p, x) if x.ndim == 4 else len(ids)
+                x, z = _shrink(self.clock.door, p, x)
+                points.append(x.cpu())
+                logits.append(z.cpu().to(self.clean.dtype))
+        return torch.cat(points), torch.cat(logits), survive
 
 
-def _attack_stage(clock: "_Clock", truth: Problem, p: Problem, out: Outcome, number: int, part: Stage) -> Outcome:
-    """Run one stage on what is standing; only claims that verification confirms count as fallen."""
-    with clock.stage(part.name, int((~out.success).sum())) as stage:
-        new = attack_rest(part.attack, clock.door, p, out, number)
-        fresh = new.success & ~out.success
-        holds, x, _ = verify(clock.door, truth, replace(new, success=fresh))
-        stage["broken"] = int(holds.sum())
-        clock.claimed += int(fresh.sum())
-        clock.rejected += int(fresh.sum() - holds.sum())
-        return Outcome(x, out.success | holds, torch.where(holds, number, out.by))
+_AUDIT = 12
+"""Names the random numbers that say which survivors are audited."""
 
 
 class _Clock:
@@ -107,68 +299,20 @@ class _Clock:
         self.claimed = self.rejected = 0
 
     @contextlib.contextmanager
-    def stage(self, name: str, entered: int) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str, kind: str, entered: int) -> Iterator[dict[str, Any]]:
+        """Yield the row of a stage, whose count of what it broke is the caller's to raise."""
         self.name = name
         before, begin = (self.door.forwards.sum(), self.door.backwards.sum()), time.perf_counter()
-        row: dict[str, Any] = {"name": name, "entered": entered, "broken": 0}
-        self.stages.append(row)
+        row = next((s for s in self.stages if s["name"] == name), None)
+        if row is None:
+            row = {"name": name, "kind": kind, **dict.fromkeys(("entered", "broken", "forwards", "backwards"), 0)}
+            row["seconds"] = 0.0
+            self.stages.append(row)
         yield row
-        row["forwards"] = int(self.door.forwards.sum() - before[0])
-        row["backwards"] = int(self.door.backwards.sum() - before[1])
-        row["seconds"] = time.perf_counter() - begin
-
-
-def _write_down(job: Job, clock: _Clock, p: Problem, out: Outcome, wrong: Mask, index: Labels) -> Part:
-    door, fooled = clock.door, out.success & ~wrong
-    at = fooled.nonzero()[:, 0]
-    q, x, label = p.take(at), out.x[at], p.goal.label
-    assert label is not None
-    assert p.clean_logits is not None
-    with clock.stage("shrink", len(at)):
-        images = len(at) and x.ndim == 4
-        survive = _after_rounding(door, q, x) if images else len(at)
-        x, z = _shrink(door, q, x) if len(at) else (x, p.clean_logits[:0])
-    sizes = torch.full(wrong.shape, torch.inf, dtype=torch.float64, device=x.device)
-    sizes[wrong] = 0.0
-    sizes[at] = exact_size(p.norm, x, q.x0).double()
-    after = torch.full_like(label, -1).index_copy(0, at, z.argmax(1))
-    clean = p.clean_logits
-    rows = {
-        "index": index.tolist(),
-        "label": label.tolist(),
-        "prediction": clean.argmax(1).tolist(),
-        "margin": (-LOSSES["margin"](clean, Goal(label))).double().tolist(),
-        "fooled": fooled.tolist(),
-        "adversarial_prediction": [a if a >= 0 else None for a in after.tolist()],
-        "size": sizes.tolist(),
-        "broken_by": [job.stages[b].name if b >= 0 else None for b in out.by.tolist()],
-        "certified": [None] * len(index),
-        "lower": [0.0] * len(index),
-        "upper": sizes.tolist(),
-        "forwards": door.forwards.tolist(),
-        "backwards": door.backwards.tolist(),
-        "status": [
-            "misclassified" if w else "fooled" if f else "robust"
-            for w, f in zip(wrong.tolist(), fooled.tolist(), strict=True)
-        ],
-    }
-    arrays = {
-        "index": index.to(at.device)[at],
-        "x": x,
-        "clean": q.x0,
-        "label": label[at],
-        "prediction": z.argmax(1),
-        "clean_confidence": clean[at].softmax(1).amax(1).float(),
-        "confidence": z.softmax(1).amax(1).float(),
-    }
-    tally = {
-        "stages": clock.stages,
-        "claimed": clock.claimed,
-        "rejected": clock.rejected,
-        "survive_8bit": survive,
-        "seconds": sum(s["seconds"] for s in clock.stages),
-    }
-    return Part(rows, {k: v.cpu().numpy() for k, v in arrays.items()}, tally)
+        row["entered"] += entered
+        row["forwards"] += int(self.door.forwards.sum() - before[0])
+        row["backwards"] += int(self.door.backwards.sum() - before[1])
+        row["seconds"] += time.perf_counter() - begin
 
 
 def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:

@@ -1,11 +1,7 @@
-"""Cascades as data: which attacks run, in which order, at each effort.
+"""Efforts as data: which rounds a race has, in which order. The figures behind them: ``benchmarks/verdict.py``."""
 
-Every stage attacks what the earlier ones left standing, cheapest first. The figures behind the choice are measured by
-``benchmarks/cascade.py``.
-"""
-
-from dataclasses import dataclass
-from typing import Any, Final, final
+from collections.abc import Iterator
+from typing import Any, Final
 
 from assay.attacks import (
     APGD,
@@ -15,108 +11,177 @@ from assay.attacks import (
     PGD,
     Bisect,
     Cascade,
+    Chain,
+    Funnel,
     Inward,
     Runnable,
     SigmaZero,
     Square,
     Targets,
-    describe_attack,
 )
+from assay.attacks.loop import StepAttack
 from assay.core.errors import ThreatError
+from assay.evaluation.race import Plan, Round
+from assay.models.door import Loss
 from assay.threats import Threat
 
-_MARGIN, _DLR = LOSSES["margin"], LOSSES["dlr"]
+EFFORTS: Final = ("quick", "standard", "thorough", "reference")
+
+NORMS: Final = ("linf", "l2", "l1", "l0")
+
+_CE, _MARGIN, _DLR = LOSSES["tempered-ce"], LOSSES["margin"], LOSSES["dlr"]
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One named attack of a cascade."""
-
-    name: str
-    attack: Runnable
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "attack": describe_attack(self.attack)}
-
-
-def _sprint(steps: int) -> Stage:
-    """Return PGD that starts with steps of twice eps and ends with none: most of what falls, falls here."""
-    pgd = PGD(steps=steps, rel_step=2.0, decay="cosine", momentum=0.75, loss=_MARGIN)
-    return Stage("pgd-margin", pgd)
-
-
-def _inward(steps: int) -> Stage:
-    """Return walks from outside: they find what is hidden from every search that starts at the clean input."""
-    return Stage("inward", Inward(steps=steps))
-
-
-def _square(steps: int) -> Stage:
-    return Stage("square", Square(steps=steps))
-
-
-EFFORTS: Final[dict[str, tuple[Stage, ...]]] = {
-    "quick": (
-        _sprint(10),
-        _inward(40),
-        Stage("apgd-targeted", Targets(APGD(steps=15, loss=_DLR), 2)),
-        _square(50),
-    ),
-    "standard": (
-        _sprint(20),
-        Stage("apgd-ce", APGD(steps=75)),
-        _inward(300),
-        Stage("apgd-targeted", Targets(APGD(steps=30, loss=_DLR), 5)),
-        _square(1500),
-    ),
-    "thorough": (
-        _sprint(40),
-        Stage("apgd-ce", APGD(steps=100)),
-        _inward(1000),
-        Stage("apgd-targeted", Targets(APGD(steps=100, loss=_DLR), 9)),
-        _square(5000),
-    ),
-}
-
-
-def stages_for(effort: str, threat: Threat, blind: float) -> tuple[Stage, ...]:
-    """Return the cascade of an effort for a threat; without an eps, searches for the smallest perturbation.
+def plan_for(effort: str, threat: Threat, blind: float = 0.0) -> Plan:
+    """Return the rounds of an effort for a threat; without an eps, one that searches for the smallest perturbation.
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
     gets a larger budget; where there are no others, it is alone.
 
     Raises:
-        ThreatError: a norm that no cascade exists for.
+        ThreatError: a norm that no rounds exist for.
     """
     norm = threat.norm.name
-    if norm not in _GRADIENT:
-        raise ThreatError(f"one of {', '.join(_GRADIENT)} to evaluate", norm, "Attacks for other norms come later.")
-    scores = _scores(effort, norm, blind)
+    if norm not in NORMS:
+        raise ThreatError(f"one of {', '.join(NORMS)} to evaluate", norm, "Attacks for other norms come later.")
+    scores = (_square(_BLIND_QUERIES[effort]),) if blind and norm in Square.norms else ()
     if threat.eps is None:
         search = Inward(steps=_STEPS[effort]), _SECOND[norm](steps=_STEPS[effort] // 4)
-        parts = search + tuple(Bisect(s.attack) for s in scores if blind)
-        return (Stage("smallest", Cascade(parts)),)
-    gradient = tuple(s for s in EFFORTS[effort] if s.name in _GRADIENT[norm])
-    return scores if blind == 1 and scores else (*gradient, *scores)
+        parts = search + tuple(Bisect(s.attack) for s in scores)
+        return Plan((Round("smallest", "outside", Cascade(parts)),))
+    if blind == 1 and scores:
+        return Plan(scores)
+    if effort == "reference":
+        return Plan((*_ensemble(norm, full=True),))
+    rounds = (*(_sparse(effort) if norm == "l0" else _ROUNDS[effort](norm)), *scores)
+    ladder, most = (*_ensemble(norm), _BEYOND), _MOST[effort]
+    return Plan(rounds, most, ladder, _AUDIT) if effort == "thorough" else Plan(rounds, most)
 
 
-def _scores(effort: str, norm: str, blind: float) -> tuple[Stage, ...]:
-    if norm not in Square.norms:
-        return ()
-    return (_square(_BLIND_QUERIES[effort]) if blind else EFFORTS[effort][-1],)
+def _climb(steps: int, loss: Loss = _MARGIN) -> Runnable:
+    """Return the gradient ascent of the race: steps of twice eps that fall to none, with momentum."""
+    return PGD(steps=steps, rel_step=2.0, decay="cosine", momentum=0.75, loss=loss)
 
 
-_GRADIENT: Final = {
-    "linf": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
-    "l2": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
-    "l1": ("pgd-margin", "apgd-ce", "inward", "apgd-targeted"),
-    "l0": ("pgd-margin", "inward"),
-}
+def _funnel(norm: str, steps: int) -> Runnable:
+    return Funnel(steps=steps, rel_step=2.0 if norm == "linf" else 1.0)
 
-_STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500}
+
+def _openers(norm: str, steps: int) -> Iterator[Round]:
+    yield Round(f"ce-{steps}", "ce", _climb(steps, _CE), 0.3, opener=True)
+    yield Round(f"margin-{steps}", "margin", _climb(steps), 0.3, opener=True)
+    yield Round(f"funnel-{steps}", "outside", _funnel(norm, steps), 0.3, opener=True)
+
+
+def _sparse(effort: str) -> Iterator[Round]:
+    """Return the rounds for l0, where walks from outside are what finds most, and cost most."""
+    yield Round("margin-20", "margin", _climb(20), 0.3, opener=True)
+    yield Round("inward-40", "outside", Inward(steps=40), 0.3, opener=True)
+    if effort == "quick":
+        return
+    yield Round("inward-150", "outside", Inward(steps=150), 0.15, repeat=4)
+    yield Round("inward-500", "outside", Inward(steps=500), 0.05, repeat=4)
+    if effort == "thorough":
+        yield Round("sigma-zero-300", "restart", SigmaZero(steps=300), 0.1, repeat=3)
+        yield Round("inward-1500", "outside", Inward(steps=1500), 0.05, repeat=4)
+
+
+def _quick(norm: str) -> Iterator[Round]:
+    yield from _openers(norm, 15)
+    yield Round("ce-30", "restart", _climb(30, _CE), 0.1, repeat=2)
+    yield Round("funnel-30", "outside", _funnel(norm, 30), 0.1)
+
+
+def _standard(norm: str) -> Iterator[Round]:
+    yield from _openers(norm, 20)
+    yield Round("ce-40", "restart", _climb(40, _CE), 0.1, repeat=3)
+    yield Round("funnel-40", "outside", _funnel(norm, 40), 0.15, repeat=4)
+    yield Round("funnel-warm-40", "outside", _funnel(norm, 40), 0.1, repeat=4, warm=True)
+    yield Round("targets-20", "targets", Targets(_climb(20), 4, among=20), 0.08)
+    if norm in Square.norms:
+        yield Round("square-climb-500", "outside", _square_climb(500), 0.05, repeat=6)
+    yield Round("inward-500", "outside", Inward(steps=500), 0.03, repeat=3)
+    if norm in Square.norms:
+        yield Round("square-climb-1500", "outside", _square_climb(1500), 0.02, repeat=2)
+
+
+def _thorough(norm: str) -> Iterator[Round]:
+    yield from _standard(norm)
+    yield Round("ce-100", "restart", _climb(100, _CE), 0.1, repeat=4)
+    yield Round("targets-100", "targets", Targets(_climb(100), 9, among=40), 0.03)
+    if norm in Square.norms:
+        yield Round("square-climb-3000", "scores", _square_climb(3000), 0.03, repeat=3)
+    yield Round("inward-1000", "outside", Inward(steps=1000), 0.03, repeat=3)
+
+
+def _square_climb(queries: int) -> Runnable:
+    """Return a random search, and gradient ascent from where it got: each ends where the other one is stuck."""
+    return Chain((Square(steps=queries), PGD(steps=60, rel_step=0.5, decay="cosine", momentum=0.75, loss=_MARGIN)))
+
+
+def _square(steps: int, share: float = 1.0) -> Round:
+    return Round("square", "scores", Square(steps=steps), share)
+
+
+def _ensemble(norm: str, *, full: bool = False) -> Iterator[Round]:
+    """Return the published ensemble, on all samples (Croce & Hein 2020, arXiv:2003.01690, sec. 6; l1: 2103.01208).
+
+    With ``full``, its gradient attacks take all their steps, as the published code does, and cost what that costs.
+    """
+    if norm == "l0":  # which the ensemble is not defined for
+        yield Round("sigma-zero-1000", "restart", SigmaZero(steps=1000), repeat=3)
+        return
+    repeat, targets = (5, 5) if norm == "l1" else (1, 9)
+    yield Round("apgd-ce", "ce", APGD(), repeat=repeat, full=full)
+    yield Round("apgd-targeted", "targets", Targets(APGD(loss=_DLR), targets), full=full)
+    yield Round("fab-targeted", "targets", Targets(FAB(steps=100), 9), full=full)
+    if norm in Square.norms:
+        yield _square(5000)
+
+
+_BEYOND: Final = Round("audit-inward", "outside", Inward(steps=1000))
+"""What the audit tries besides the ensemble."""
+
+_ROUNDS: Final = {"quick": _quick, "standard": _standard, "thorough": _thorough}
+
+_MOST: Final = {"quick": 80, "standard": 400, "thorough": 900}
+"""Passes, on average over the samples that are right, after which a race begins nothing new."""
+
+_AUDIT: Final = 0.04
+"""Share of the survivors that the thorough effort audits."""
+
+_STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500, "reference": 1500}
 """Steps of the search for the smallest perturbation; the second opinion takes a quarter as many."""
 
-_SECOND: Final = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": SigmaZero}
+_SECOND: Final[dict[str, Any]] = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": SigmaZero}
 """The attack that is best where walks from outside are of no use: on networks without hardening."""
 
-_BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000}
+_BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000, "reference": 5000}
+
+
+def budget(effort: str, threat: Threat) -> tuple[int, int]:
+    """Return what a sample that stays robust costs, on average over such samples: (as a rule, at most) passes.
+
+    As a rule every round has one turn and goes no further than its share; at most every turn reaches every sample.
+    """
+    plan = plan_for(effort, threat)
+    usual = sum(r.share * _passes(r.attack) for r in plan.rounds) + 2
+    most = sum(r.repeat * _passes(r.attack) for r in plan.rounds) + 2
+    audit = plan.audit * sum(_passes(r.attack) for r in plan.ladder)
+    most = min(most, plan.most) if plan.most else most
+    return round(usual + audit), round(most + audit)
+
+
+def _passes(attack: Runnable) -> int:
+    """Return the passes of a sample that withstands an attack."""
+    match attack:
+        case Targets():
+            return attack.count * _passes(attack.attack)
+        case Cascade() | Chain():
+            return sum(map(_passes, attack.attacks))
+        case Bisect():
+            return attack.rounds * _passes(attack.attack)
+        case StepAttack():
+            return sum(attack.cost(k) for k in range(attack.questions + 1))
+        case _:
+            raise NotImplementedError(f"the cost of {type(attack).__name__} is not known")

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from assay.evaluation.block import Job
+from assay.evaluation.course import Course
+from assay.evaluation.diagnosis import judge
 from assay.evaluation.finding import Finding
 from assay.evaluation.preflight import check_accuracy
 from assay.evaluation.result import Evaluation
 from assay.runs import Run
+from assay.runs.statistics import upper_bound
 
 _TOLERANCE = (
     "Random numbers belong to samples, so batches, workers and interruptions change nothing but the rounding of "
@@ -23,7 +26,7 @@ _TOLERANCE = (
 
 
 def new_manifest(
-    job: Job, mark: str, effort: str, classes: int, findings: Sequence[Finding], command: str | None
+    job: Job, course: Course, mark: str, effort: str, classes: int, findings: Sequence[Finding], command: str | None
 ) -> dict[str, Any]:
     """Return the manifest of a run that has not begun. ``identity`` is what decides its numbers."""
     from assay import __version__
@@ -40,7 +43,9 @@ def new_manifest(
         "identity": {
             "threat": job.threat.to_json(),
             "effort": effort,
-            "stages": [s.to_json() for s in job.stages],
+            "plan": job.plan.to_json(),
+            "max_passes": job.max_passes,
+            **course.to_json(),
             "seed": job.seed,
             "prove": None,
             "model": mark,
@@ -73,6 +78,7 @@ def new_manifest(
             "device": str(job.device or "as the model"),
             "threads": torch.get_num_threads(),
         },
+        "eps_list": [*course.eps_list] or None,
         "tolerance": _TOLERANCE,
         "totals": None,
         "findings": [f.to_json() for f in findings],
@@ -85,11 +91,39 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def finish(run: Run, result: Evaluation, findings: Sequence[Finding], classes: int, *, complete: bool) -> None:
     """Write what the whole run showed into its manifest."""
-    totals = result.totals()
+    totals, tallies = result.totals(), [*run.tallies()]
     right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
-    findings = [*findings, *check_accuracy(right, result.n, classes), *_after_work(totals)]
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    run.save(complete=complete, updated=now, totals=totals, findings=[f.to_json() for f in findings])
+    late = (*check_accuracy(right, result.n, classes), *judge(totals["stages"], result.n), *_after_work(totals))
+    width = run.manifest["identity"]["until_interval"]
+    bounds = [t["bounded"] for t in tallies if t.get("bounded")]
+    if width is not None and result.n < run.manifest["data"]["n"]:
+        bounds.append("until-interval")
+    run.save(
+        complete=complete,
+        updated=datetime.now(UTC).isoformat(timespec="seconds"),
+        totals=totals,
+        audit=_audit(tallies, totals),
+        bounded=_BOUNDS[bounds[0]].format(width) if bounds else None,
+        findings=[f.to_json() for f in (*findings, *late)],
+    )
+
+
+_BOUNDS = {
+    "max-passes": "samples had spent --max-passes before the race was over",
+    "max-seconds": "--max-seconds was over before the race was",
+    "until-interval": "the interval of the robust accuracy is no wider than {:g}",
+}
+
+
+def _audit(tallies: Sequence[dict[str, Any]], totals: dict[str, Any]) -> dict[str, Any] | None:
+    """Add up the audits of all blocks, and bound the share of the other survivors that the race missed."""
+    told = [t["audit"] for t in tallies if t.get("audit")]
+    attacked, broken = (sum(a[k] for a in told) for k in ("attacked", "broken"))
+    if not attacked:
+        return None
+    confidence = totals["interval"]["confidence"]
+    missed = upper_bound(broken, attacked, confidence)
+    return {"attacked": attacked, "broken": broken, "missed_at_most": missed, "confidence": confidence}
 
 
 def _after_work(totals: dict[str, Any]) -> Iterator[Finding]:

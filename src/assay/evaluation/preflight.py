@@ -1,5 +1,6 @@
 """What is checked before any attack: the data, the model, and whether they fit each other and the threat."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import final
@@ -8,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from assay.attacks import LOSSES, Square
-from assay.core.errors import DataError, ModelError
-from assay.core.random import Draws
+from assay.core.errors import DataError
 from assay.data import Data
 from assay.evaluation.finding import Finding, Severity
+from assay.evaluation.health import LINEAR, Bench, Health, averaged, gradient_spread
+from assay.evaluation.ladder import mend
 from assay.models import Door, Live, Model
-from assay.threats import Box, Problem, Threat
+from assay.threats import Box, Threat
 from assay.threats.threat import outside_box
 
 PROBE = 64
 """Samples whose logits and gradients the model's checks look at."""
 
-EOT_SAMPLES = 16
-"""Random passes averaged for one answer of a model that is random."""
+RANDOM_PROBE = 16
+"""Samples on which the gradients of a random model are measured, many passes each."""
 
 _SAME = 1e-4
 """Logits that differ by more than this share of their median size (one may be huge to mask a class) are different."""
@@ -29,7 +31,10 @@ _SAME = 1e-4
 @final
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What the checks found: the model as it is to be attacked, findings, and the share of samples without gradient."""
+    """What the checks found: the model as it is to be attacked, and findings.
+
+    ``blind`` is the share of probe samples that have no gradient after all repairs.
+    """
 
     model: Model
     findings: tuple[Finding, ...]
@@ -116,7 +121,7 @@ def check_modes(model: Model) -> Iterator[Finding]:
 
 
 def check_model(model: Model, data: Data, threat: Threat, device: torch.device | str | None) -> Preflight:
-    """Ask the model about the first samples, a few passes each.
+    """Ask the model about the first samples, ten passes each; where its gradients are unsound, repair them.
 
     Raises:
         ModelOutputError: what it returns are not logits (``bad-logits``).
@@ -130,19 +135,41 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
         z = _ask(live, x)
         check_labels(data, z.shape[1])
         again = _ask(live, x)
-        if _differ(z, again):
-            findings.append(_randomized(z, again))
-            model = replace(model, samples=EOT_SAMPLES)
-        else:
+        random = _differ(z, again)
+        if not random:
             findings += _batch_dependence(live, x, z)
             with torch.no_grad():  # a network that notices when its layers are replaced is searched as it is
                 model = replace(model, tuned=not _differ(z, live.search(x)))
         if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
             findings.append(_PROBABILITIES)
             model = replace(model, probabilities=True)
-    with model.frozen(device) as live:
-        found, blind = _gradients(live, x, y, threat)
-    return Preflight(model, (*findings, *found), z.shape[1], blind)
+    hits = (z.argmax(1) == y).nonzero()[:, 0]
+    bench = Bench(x, y, threat, device).take(hits if len(hits) else torch.arange(len(x), device=x.device))
+    if random:
+        model, finding = _steadied(model, bench, z, again)
+        bench, findings = bench.head(RANDOM_PROBE), [*findings, finding]
+    before = bench.health(model)
+    after, repairs = mend(model, before, bench)
+    findings += [*check_gradients(before, after.health, threat, random=random), *repairs]
+    if repairs and not random and _differ(*(looks := _two_looks(after.model, bench))):  # the mask hid that too
+        model, finding = _steadied(after.model, bench, *looks)
+        after, findings = replace(after, model=model), [*findings, finding]
+    return Preflight(after.model, tuple(findings), z.shape[1], after.health.blind)
+
+
+def _two_looks(model: Model, bench: Bench) -> tuple[Tensor, Tensor]:
+    """Ask twice what a search sees."""
+    with model.frozen(bench.device) as live:
+        door, p = Door(live, len(bench.x)), bench.pose()
+        a, b = (door.score(bench.x, p, LOSSES["margin"]).logits for _ in range(2))
+        return a, b
+
+
+def _steadied(model: Model, bench: Bench, a: Tensor, b: Tensor) -> tuple[Model, Finding]:
+    """Average a model whose two looks a and b at the same samples differ."""
+    spread = gradient_spread(model, bench.head(RANDOM_PROBE))
+    model = averaged(model, spread)
+    return model, _randomized(a, b, model, spread)
 
 
 def _ask(live: Live, x: Tensor) -> Tensor:
@@ -153,14 +180,23 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) > _SAME * float(a.abs().median().clamp_min(1e-3))
 
 
-def _randomized(a: Tensor, b: Tensor) -> Finding:
+def _randomized(a: Tensor, b: Tensor, model: Model, spread: float) -> Finding:
     gap, flips = float((a - b).abs().max()), int((a.argmax(1) != b.argmax(1)).sum())
     return Finding(
         "randomized",
         "warning",
         f"Two passes of the same {len(a)} inputs differ by up to {gap:.3g} in a logit, {flips} predictions changed. "
-        f"Every answer is now the mean of {EOT_SAMPLES} passes (expectation over the randomness).",
-        {"max_difference": gap, "changed_predictions": flips, "n": len(a), "samples": EOT_SAMPLES},
+        f"The gradient of one pass strays from the mean by {spread:.2g} times its length, so attacks see the mean of "
+        f"{model.samples} passes (expectation over the randomness). A sample counts as right, or as fooled, by the "
+        f"mean logits of {model.deciding} fresh passes.",
+        {
+            "max_difference": gap,
+            "changed_predictions": flips,
+            "n": len(a),
+            "gradient_spread": spread,
+            "samples": model.samples,
+            "judged": model.deciding,
+        },
         "Expect an averaged model's robustness, and figures that vary from machine to machine.",
     )
 
@@ -192,46 +228,65 @@ _PROBABILITIES = Finding(
 )
 
 
-def _gradients(live: Live, x: Tensor, y: Tensor, threat: Threat) -> tuple[list[Finding], float]:
-    """Look at the input gradient of samples that are right (of all, if none is)."""
-    door, draws = Door(live, len(x)), Draws.of(0, torch.arange(len(x), device=x.device))
-    p = Problem.pose(x, y, replace(threat, targeted=False), draws)
-    right = (~p.goal.reached(door.logits(x, p.rows))).nonzero()[:, 0]
-    p = p.take(right) if len(right) else p
-    shares = {}
-    for loss in ("ce", "margin"):
-        try:
-            grad = door.gradient(p.x0, p, LOSSES[loss]).grad
-        except ModelError as e:  # its backward pass raises
-            if e.code != "model-failed":
-                raise
-            door.differentiable, grad = False, torch.zeros_like(p.x0)
-        shares[loss] = float((grad.flatten(1).abs().amax(1) == 0).double().mean())
-    severity, consequence = _without_gradient(threat)
-    if not door.differentiable:
-        message = (
-            "The model's output cannot be differentiated with respect to its input: gradient attacks cannot work. "
+def check_gradients(before: Health, after: Health, threat: Threat, *, random: bool) -> Iterator[Finding]:
+    """Report gradients that are absent, zero, of wild sizes, or that do not keep their promise."""
+    severity, consequence = _consequence(after, threat)
+    evidence = {"share_ce": before.blind_ce, "share_margin": before.blind, "samples": before.samples}
+    if not before.differentiable:
+        yield Finding(
+            "no-gradient",
+            severity,
+            "The model's output cannot be differentiated with respect to its input: gradient attacks cannot work on it "
+            f"as it is. {consequence}",
+            evidence,
+            "Remove no_grad, detach, numpy or integer steps, or give a differentiable replacement.",
         )
-        remedy = "Remove no_grad, detach, numpy or integer steps, or give a differentiable replacement."
-        return [Finding("no-gradient", severity, message + consequence, {"samples": len(p)}, remedy)], 1.0
-    if max(shares.values()) == 0:
-        return [], 0.0
-    if shares["margin"] == 0:
-        severity, consequence = "warning", "Attacks that ascend the margin are not affected."
-    return [
-        Finding(
+    elif before.blind or before.blind_ce:
+        yield Finding(
             "zero-gradient",
             severity,
-            f"The input gradient is exactly zero on {shares['ce']:.0%} of {len(p)} samples for cross-entropy and "
-            f"{shares['margin']:.0%} for the margin. {consequence}",
-            {"share_ce": shares["ce"], "share_margin": shares["margin"], "samples": len(p)},
+            f"The input gradient is exactly zero on {before.blind_ce:.0%} of {before.samples} samples for "
+            f"cross-entropy and {before.blind:.0%} for the margin. {consequence}",
+            evidence,
             "Look for saturated outputs (large logits, a softmax), rounding, thresholds or sign functions.",
         )
-    ], shares["margin"]
+    if not (random or before.linear or math.isnan(before.linearity)):
+        yield _shattered(before)
+    if before.steepest > STEEP:
+        yield _exploding(before)
 
 
-def _without_gradient(threat: Threat) -> tuple[Severity, str]:
-    """Say what becomes of a model that gradient attacks cannot see."""
+STEEP = 50.0
+"""The steepest gradient over the median one, from which sizes count as wild; sound networks stay below 5."""
+
+
+def _shattered(health: Health) -> Finding:
+    return Finding(
+        "shattered-gradient",
+        "warning",
+        f"A step of eps / 8 along the gradient changes the margin by {health.linearity:.2f} times what the "
+        f"gradient promises (median); on sound networks by {LINEAR[0]:g} to {LINEAR[1]:g}. Gradients tell little about "
+        "what is near, and attacks that follow them may miss what is there.",
+        {"linearity": health.linearity, "samples": health.samples},
+        "Look for steps, top-k or winner-take-all activations, and very steep functions.",
+    )
+
+
+def _exploding(health: Health) -> Finding:
+    return Finding(
+        "exploding-gradient",
+        "warning",
+        f"The largest input gradient is {health.steepest:.3g} times the median one: on many samples it all but "
+        "vanishes, or it explodes on a few.",
+        {"largest_over_median": health.steepest, "samples": health.samples},
+        "Look for saturated functions, high powers, and very deep chains of sigmoids.",
+    )
+
+
+def _consequence(after: Health, threat: Threat) -> tuple[Severity, str]:
+    """Say what becomes of samples without a gradient."""
+    if not after.blind:
+        return "warning", "Attacks search by a gradient that is not masked."
     if threat.norm.name in Square.norms:
         return "warning", "A score-based attack takes over, with a larger budget."
     return "error", f"No attack here searches {threat.norm.name} by scores: the figure says nothing about this model."

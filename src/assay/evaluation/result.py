@@ -59,7 +59,8 @@ class Evaluation:
     @cached_property
     def _totals(self) -> dict[str, Any]:
         names = self.run.manifest["data"].get("class_names")
-        return totals(self.samples, self.run.tallies(), eps=self.eps, class_names=names)
+        probe = self.run.manifest.get("probe")
+        return totals(self.samples, self.run.tallies(), eps=self.eps, class_names=names, probe=probe)
 
     @property
     def clean_accuracy(self) -> float:
@@ -100,6 +101,16 @@ class Evaluation:
     @property
     def findings(self) -> tuple[Finding, ...]:
         return tuple(Finding(**f) for f in self.run.manifest.get("findings", ()))
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """What the full ladder did to some of the survivors: ``attacked``, ``broken``, ``missed_at_most``, a share."""
+        return self.run.manifest.get("audit")
+
+    @property
+    def bounded(self) -> str | None:
+        """What stopped the race before its end; None where nothing did."""
+        return self.run.manifest.get("bounded")
 
     def curve(self) -> Curve:
         """Return the robust accuracy as a step function of eps."""

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from assay.core.errors import AssayError, DataError, ModelError, ModelOutputError, NonFiniteError
+from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
-from assay.models.model import PAD, Live, Net
+from assay.models.model import PAD, Live, Net, Smoothing
 from assay.threats.problem import Goal, Problem
+
+_SMOOTHING = 0x5300
+"""The stream of random numbers that estimated gradients draw their directions from."""
+
+_FAINT = 1e-24
+"""Slopes whose largest coordinate is below this lose coordinates in float32."""
 
 Loss: TypeAlias = Callable[[Logits, Goal], PerSample]
 """What an attack ascends: from logits (b, c) and the goal to one number a sample."""
@@ -77,7 +84,8 @@ class Slopes:
 class Door:
     """Asks a frozen model about samples numbered 0 .. n - 1, and counts every pass of each.
 
-    ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m.
+    ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m,
+    and a smoothed gradient (``Smoothing``) all passes that it takes.
     Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
     Scores and gradients come from layers tuned for speed and may differ by rounding (``patches.py``); ``logits``
     and ``decide`` ask the network exactly as it is. So a success that scores and gradients report is one that is clear.
@@ -115,40 +123,44 @@ class Door:
         finally:
             self._limit = kept
 
-    def affords(self, rows: Rows, cost: int) -> Mask | None:
-        """Tell which samples can pay for a question of ``cost`` passes; None stands for all."""
+    def affords(self, rows: Rows, cost: int, samples: int | None = None) -> Mask | None:
+        """Tell which samples can pay for a question of ``cost`` passes; None stands for all.
+
+        ``samples`` is the number of random passes in each, where it is not the model's.
+        """
         if self._limit is None:
             return None
-        can = (self.forwards + self.backwards)[rows] + cost * self.live.model.samples <= self._limit
+        each = self.live.model.samples if samples is None else samples
+        can = (self.forwards + self.backwards)[rows] + cost * each <= self._limit
         return None if can.all() else can
 
     def logits(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
-        return self._ask(self.live, x, rows)
+        return self._ask(self.live, x, rows, self.live.model.deciding)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
-        can = self.affords(p.rows, 1)
+        can = self.affords(p.rows, 1, self.live.model.deciding)
         z = self.logits(x, p.rows)
         self._check_labels(p.goal, z)
         reached = p.goal.reached(z)
         return Decision(reached if can is None else reached & can, z.argmax(1))
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
-        z = self._ask(self.live.search, x, p.rows)
+        z = self._ask(self.live.search, x, p.rows, self.live.model.samples)
         self._check_labels(p.goal, z)
         return Score(p.goal.clearly_reached(z), loss(z, p.goal).to(x.dtype), z)
 
-    def _ask(self, net: Net, x: Inputs, rows: Rows) -> Logits:
+    def _ask(self, net: Net, x: Inputs, rows: Rows, samples: int) -> Logits:
         def ask(x: Inputs, rows: Rows) -> list[tuple[Tensor, ...]]:
             with torch.no_grad():
                 return self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
 
-        can = self.affords(rows, 1)
+        can = self.affords(rows, 1, samples)
         if can is None:
-            self._count(rows, 0)
+            self._count(rows, samples)
             return _joined(ask(x, rows))[0]
         at = can.nonzero()[:, 0]
-        self._count(rows[at], 0)
+        self._count(rows[at], samples)
         z = _joined(ask(x[at], rows[at]))[0] if len(at) else x.new_zeros(0, self._classes)
         return _spread(z, at, len(x))
 
@@ -161,8 +173,12 @@ class Door:
         return Gradient(e.success, e.values[:, 0], e.logits, e.slopes[:, 0])
 
     def slopes(self, x: Inputs, p: Problem, measure: Measure, most: int, through: Through | None = None) -> Slopes:
-        """Return the m <= ``most`` values (b, m) of a measure and their gradients (b, m, *f), in m backward passes."""
-        can = self.affords(p.rows, 1 + most)
+        """Return the m <= ``most`` values (b, m) of a measure and their gradients (b, m, *f), in m backward passes.
+
+        Under a :class:`Smoothing` they are those of a mean over noise, for its number of passes more.
+        """
+        smoothing = self.live.model.smoothing
+        can = self.affords(p.rows, 1 + most if smoothing is None else smoothing.cost(most))
         if can is not None:
             at = can.nonzero()[:, 0]
             shapes = ((self._classes,), (most,), (most, *x.shape[1:]))
@@ -170,18 +186,50 @@ class Door:
             part = None if through is None else lambda v, rows: through(v, at[rows])
             e = self.slopes(x[at], p.take(at), measure, most, part) if len(at) else blank
             return Slopes(*(_spread(v, at, len(x)) for v in (e.success, e.logits, e.values, e.slopes)))
+        if smoothing is not None:
+            return self._smoothed(x, p, measure, smoothing, through)
+        return self._exact(x, p, measure, through)
+
+    def _exact(self, x: Inputs, p: Problem, measure: Measure, through: Through | None) -> Slopes:
         with torch.enable_grad():
             ask = partial(self._differentiate, p=p, measure=measure, through=through)
             z, values, slopes = _joined(self._split(x, ask))
-        self._count(p.rows, values.shape[1])
+        each = self.live.model.samples
+        self._count(p.rows, each, each * values.shape[1])
         return Slopes(p.goal.clearly_reached(z), z, values.to(x.dtype), slopes)
+
+    def _smoothed(
+        self, x: Inputs, p: Problem, measure: Measure, smoothing: Smoothing, through: Through | None
+    ) -> Slopes:
+        """Average over Gaussian directions u: gradients at x + s u, or (f(x + s u) - f(x - s u)) u / 2 s."""
+        every, s = torch.arange(len(x), device=x.device), smoothing.sigma
+
+        def ask(x: Inputs) -> tuple[Logits, Tensor]:
+            seen = x if through is None else through(x, every).detach()
+            z = self._ask(self.live.search, seen, p.rows, self.live.model.samples)
+            self._check_labels(p.goal, z)
+            return z, measure(z, p.goal)
+
+        def along(u: Inputs) -> Tensor:
+            if smoothing.exact:
+                return self._exact(x + s * u, p, measure, through).slopes
+            rise = (ask(x + s * u)[1] - ask(x - s * u)[1]) / (2 * s)
+            return rise.view(*rise.shape, *[1] * (x.ndim - 1)) * u[:, None]
+
+        draws = Draws.of(_SMOOTHING, p.draws.keys + self.forwards[p.rows])  # other directions at every question
+        z, values = ask(x)
+        total = values.new_zeros(*values.shape, *x.shape[1:])
+        for i in range(smoothing.count):
+            total += along(draws.fold(i).normal(x.shape[1:], x.dtype))
+        return Slopes(p.goal.clearly_reached(z), z, values.to(x.dtype), _narrowed(total / smoothing.count, x.dtype))
 
     def _differentiate(
         self, x: Inputs, at: slice, p: Problem, measure: Measure, through: Through | None
     ) -> tuple[Tensor, ...]:
         rows, goal = p.rows[at], p.goal.take(at)
         n = len(rows)
-        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        dtype, x = x.dtype, x.clone() if x.is_inference() else x.detach()
+        x = (x.double() if self.live.model.wide else x).requires_grad_()
         seen = x
         if through is not None:
             own = through(x[:n], torch.arange(at.start, at.stop, device=x.device))
@@ -192,10 +240,10 @@ class Door:
         m = values.shape[1]
         if not values.requires_grad:
             self.differentiable = False
-            return z, values, torch.zeros_like(x[:n])[:, None].expand(-1, m, *x.shape[1:])
+            return z, values, torch.zeros_like(x[:n], dtype=dtype)[:, None].expand(-1, m, *x.shape[1:])
         # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
         slopes = [self._grad(values[:, i].sum(), x, last=i == m - 1)[:n].contiguous().nan_to_num(0.0) for i in range(m)]
-        return z.detach(), values.detach(), slopes[0][:, None] if m == 1 else torch.stack(slopes, 1)
+        return z.detach(), values.detach(), _narrowed(slopes[0][:, None] if m == 1 else torch.stack(slopes, 1), dtype)
 
     def _grad(self, value: Tensor, x: Inputs, *, last: bool) -> Inputs:
         grad: Tensor | None = torch.autograd.grad(value, x, allow_unused=True, retain_graph=not last)[0]
@@ -280,19 +328,28 @@ class Door:
                     code="bad-logits",
                 )
 
-    def _count(self, rows: Rows, backwards: int) -> None:
-        """Count one forward and some backward passes for each of these samples."""
-        each = self.live.model.samples
-        self.forwards.index_add_(0, rows, torch.full_like(rows, each))
+    def _count(self, rows: Rows, forwards: int, backwards: int = 0) -> None:
+        """Count some forward and backward passes for each of these samples."""
+        self.forwards.index_add_(0, rows, torch.full_like(rows, forwards))
         if backwards:
-            self.backwards.index_add_(0, rows, torch.full_like(rows, each * backwards))
+            self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
         if self._listen:
-            self._listen(len(rows) * each * (1 + backwards))
+            self._listen(len(rows) * (forwards + backwards))
 
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Put the answers about the pieces of a batch together."""
     return parts[0] if len(parts) == 1 else tuple(torch.cat(v) for v in zip(*parts, strict=True))
+
+
+def _narrowed(slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast slopes (b, m, *f) from float64; those too small for the narrow type are scaled up, for their direction."""
+    if slopes.dtype == dtype:
+        return slopes
+    largest = slopes.flatten(2).abs().amax(2)
+    faint = (largest > 0) & (largest < _FAINT)
+    scale = torch.where(faint, _FAINT / largest.clamp_min(torch.finfo(slopes.dtype).tiny), 1)
+    return (slopes * scale.view(*scale.shape, *[1] * (slopes.ndim - 2))).to(dtype)
 
 
 def _spread(values: Tensor, at: Rows, n: int) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from assay.core.errors import ModelError, ModelOutputError
 from assay.core.types import Inputs, Logits
 from assay.models.patches import Patch, find_patches, patched
+from assay.models.repairs import Float64, Repair, opened
+from assay.models.repairs.float64 import log_of
 from assay.threats.threat import Box
 
 Net: TypeAlias = Callable[[Tensor], Any]
@@ -28,6 +30,28 @@ _CHANNELS_LAST_FROM = 16
 
 @final
 @dataclass(frozen=True, slots=True)
+class Smoothing:
+    """Gradients of the mean over Gaussian noise of size ``sigma`` (units of the box), from ``count`` draws.
+
+    Each draw is a gradient beside the point where they are ``exact``, for networks with steep ripples; else a pair of
+    values, for networks without gradients: then many draws are needed, and still the direction is a rough one.
+
+    References:
+        Values: Duchi, Jordan, Wainwright & Wibisono 2015, arXiv:1312.2139, eq. 7, with both sides of each direction.
+        Gradients: Smilkov et al. 2017, arXiv:1706.03825, sec. 3.
+    """
+
+    sigma: float
+    count: int = 32
+    exact: bool = False
+
+    def cost(self, functions: int) -> int:
+        """Return the passes of a question for the gradients of some functions."""
+        return 1 + self.count * (1 + functions if self.exact else 2)
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Model:
     """A classifier: any callable from inputs (b, *f) inside the box to logits (b, c), c >= 2.
 
@@ -38,14 +62,17 @@ class Model:
         mean, std: per channel (axis 1), applied inside: ``net((x - mean) / std)``.
         name: how reports call it.
         samples: how many random passes are averaged for one answer (for networks that are random by design).
+        judged: how many are averaged where an answer decides whether a claim holds; 0 for ``samples``.
         probabilities: the net returns probabilities; their logarithm is used as logits.
         rows: the most rows a call of the net may have; None for no limit.
         fixed_rows: the net takes batches of exactly ``rows`` rows; shorter ones are filled up.
         memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs while searching.
         tuned: while searching, layers may be replaced by faster ones that give the same values (``patches.py``).
+        repairs: while searching, these stand in for steps that mask the gradient (``repairs``).
+        smoothing: while searching, gradients are means over points around the one in question.
 
     Raises:
-        ModelError: std not positive, or only one of mean and std given.
+        ModelError: std not positive, only one of mean and std given, or fewer than one random pass.
     """
 
     net: Net
@@ -54,11 +81,14 @@ class Model:
     std: Sequence[float] | float | None = None
     name: str = ""
     samples: int = 1
+    judged: int = 0
     probabilities: bool = False
     rows: int | None = None
     fixed_rows: bool = False
     memory_format: torch.memory_format | str = "auto"
     tuned: bool = True
+    repairs: tuple[Repair, ...] = ()
+    smoothing: Smoothing | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.net):
@@ -69,6 +99,9 @@ class Model:
             raise ModelError("mean and std together", f"mean={self.mean}, std={self.std}", "Give both or neither.")
         if self.std is not None and not (torch.as_tensor(self.std) > 0).all():
             raise ModelError("std > 0 for every channel", f"{self.std}", "Check the normalisation.")
+        if self.samples < 1 or self.judged < 0:
+            found = f"samples={self.samples}, judged={self.judged}"
+            raise ModelError("samples >= 1 and judged >= 0", found, "Leave them out for networks that are not random.")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.net, "__name__", type(self.net).__name__))
 
@@ -78,13 +111,23 @@ class Model:
         return self.box
 
     @property
+    def deciding(self) -> int:
+        """The random passes averaged for an answer that decides."""
+        return self.judged or self.samples
+
+    @property
+    def wide(self) -> bool:
+        """Whether searching computes in float64."""
+        return any(isinstance(r, Float64) for r in self.repairs)
+
+    @property
     def module(self) -> nn.Module | None:
         """The net, where it is a module: what has parameters, modes and buffers."""
         return self.net if isinstance(self.net, nn.Module) else None
 
     def __call__(self, x: Inputs) -> Logits:
         """Return the logits of x (b, *f), with the net as it is at the moment."""
-        return self._logits(x, torch.contiguous_format)
+        return self._logits(x, torch.contiguous_format, self.deciding)
 
     @contextmanager
     def frozen(self, device: torch.device | str | None = None) -> Iterator["Live"]:
@@ -105,12 +148,16 @@ class Model:
         with torch.inference_mode(False), torch.random.fork_rng(devices), _float32(target):
             try:
                 kept.freeze(target)
-                yield Live(self, target, layout, find_patches(kept.module, layout) if self.tuned else [])
+                yield Live(self, target, layout, find_patches(kept.module, layout) if self._patchable else [])
             finally:
                 kept.restore()
 
+    @property
+    def _patchable(self) -> bool:
+        return self.tuned and not self.repairs  # repairs look at the calls of the network's own layers
+
     def _layout(self, module: nn.Module | None, device: torch.device) -> torch.memory_format:
-        if not self.tuned:
+        if not self._patchable:
             return torch.contiguous_format
         if isinstance(self.memory_format, torch.memory_format):
             return self.memory_format
@@ -119,18 +166,22 @@ class Model:
         pays = device.type == "cpu" and wide * 2 > len(convs)
         return torch.channels_last if pays else torch.contiguous_format
 
-    def _logits(self, x: Inputs, layout: torch.memory_format) -> Logits:
+    def _logits(self, x: Inputs, layout: torch.memory_format, samples: int, repairs: tuple[Repair, ...] = ()) -> Logits:
         if self.mean is not None and self.std is not None:
             mean, std = (_per_channel(v, x) for v in (self.mean, self.std))
             x = (x - mean) / std
         if layout == torch.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=layout)
-        out = self._answer(x)
-        for _ in range(self.samples - 1):
-            out = out + self._answer(x)
-        return out / self.samples if self.samples > 1 else out
+        out = self._answer(x, repairs)
+        for _ in range(samples - 1):
+            out = out + self._answer(x, repairs)
+        return out / samples if samples > 1 else out
 
-    def _answer(self, x: Inputs) -> Logits:
+    def _answer(self, x: Inputs, repairs: tuple[Repair, ...]) -> Logits:
+        with opened(repairs, x):
+            return self._asked(x)
+
+    def _asked(self, x: Inputs) -> Logits:
         first = None if self.module is None else next(self.module.parameters(), None)
         if first is not None and first.is_floating_point() and first.dtype != x.dtype:
             x = x.to(first.dtype)
@@ -145,6 +196,8 @@ class Model:
             )
         if not self.probabilities:
             return out if out.dtype == torch.float64 else out.float()
+        if (log := log_of(out)) is not None:
+            return log
         return out.double().clamp_min(_LEAST_PROBABILITY).log()
 
 
@@ -163,13 +216,13 @@ class Live:
 
     def __call__(self, x: Inputs) -> Logits:
         """Ask the network exactly as it is."""
-        return self.model._logits(x, torch.contiguous_format)
+        return self.model._logits(x, torch.contiguous_format, self.model.deciding)
 
     def search(self, x: Inputs) -> Logits:
-        """Ask in less time, for the same up to rounding: to look for something, not to prove it."""
+        """Ask in less time and with repairs, for the same up to rounding: to look for something, not to prove it."""
         try:
             with patched(self.patches):
-                return self.model._logits(x, self.layout)
+                return self.model._logits(x, self.layout, self.model.samples, self.model.repairs)
         except RuntimeError as e:
             if "view size is not compatible" not in str(e) or self.layout != torch.channels_last:
                 raise

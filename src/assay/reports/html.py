@@ -22,8 +22,8 @@ from assay.core.errors import RunError
 from assay.reports import text
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
-from assay.reports.summary import ClassRow, Manifest, Summary, dig, read, summarize
-from assay.reports.table import interrupted, median_size, sentence
+from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize
+from assay.reports.table import audited, interrupted, median_size, sentence, stopped
 from assay.runs import Run
 from assay.runs.totals import rows
 
@@ -74,6 +74,7 @@ def render(run: Run) -> str:
             verdict=sentence(s, samples),
             median=median_size(samples) if s.eps is None else None,
             curve=curve(s, samples),
+            points=[(s.units.show(p.eps), p.rate) for p in points(manifest, samples)],
             confusions=confusions(samples),
             cards=cards,
             trouble=trouble,
@@ -150,6 +151,10 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
     else:
         held = "the figures hold for those only" if s.n else "nothing is stored yet"
         yield "bad", f"{interrupted(s)}: {held}."
+    if s.bounded:
+        yield "bad", stopped(s)
+    if s.audit:
+        yield "good" if not s.audit.broken else "plain", audited(s.audit)
     if s.n:
         bound = "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
         yield "plain", f"An upper bound on the truth: {bound}."

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from assay.reports.text import Units
-from assay.runs import Run, exact_interval, totals
+from assay.runs import Curve, Run, exact_interval, totals
 from assay.runs.totals import number, rows
 
 Manifest = Mapping[str, Any]
@@ -65,6 +65,27 @@ class ClassRow:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Point:
+    """The robust accuracy at one eps."""
+
+    eps: float
+    rate: Rate
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a much stronger attack did to some of the ``survivors``, and so what share was missed at most."""
+
+    attacked: int
+    broken: int
+    survivors: int | None
+    missed_at_most: float | None
+    confidence: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Note:
     """A finding, ready to be shown."""
 
@@ -104,6 +125,8 @@ class Summary:
     classes: tuple[ClassRow, ...]
     findings: tuple[Note, ...]
     names: tuple[str, ...]
+    bounded: str
+    audit: Audit | None
 
     @property
     def units(self) -> Units:
@@ -166,8 +189,7 @@ def summarize(manifest: Manifest) -> Summary:
     """Read a run's numbers from its manifest, as :func:`read` returns it."""
     threat, known = dig(manifest, "identity", "threat"), dig(manifest, "totals")
     eps, text = _eps(manifest), str(dig(threat, "text") or dig(threat, "norm") or "an unknown threat")
-    confidence = number(dig(known, "interval", "confidence"))
-    confidence = confidence if confidence is not None and 0 < confidence < 1 else 0.95
+    confidence = _confidence(dig(known, "interval"))
     return Summary(
         model=str(dig(manifest, "model", "name") or dig(manifest, "model", "source") or "the model"),
         data=str(dig(manifest, "data", "name") or dig(manifest, "data", "source") or "the data"),
@@ -193,7 +215,43 @@ def summarize(manifest: Manifest) -> Summary:
         classes=tuple(_class(c, eps, confidence) for c in rows(dig(known, "per_class"))),
         findings=notes(manifest.get("findings")),
         names=_names(manifest),
+        bounded=str(dig(manifest, "bounded") or "").rstrip("."),
+        audit=_audit(manifest),
     )
+
+
+def points(manifest: Manifest, samples: pa.Table) -> tuple[Point, ...]:
+    """Return the robust accuracy at each eps that was asked for, as far as the attack went."""
+    limit, wanted = _eps(manifest), dig(manifest, "eps_list")
+    asked = [number(v) for v in wanted] if isinstance(wanted, list | tuple) else []
+    known = sorted({v for v in asked if v is not None and v >= 0 and (limit is None or v <= limit)})
+    n, confidence = len(samples), _confidence(dig(manifest, "totals", "interval"))
+    curve = Curve.of(samples["size"].to_numpy(), limit)
+    return tuple(Point(eps, _share(curve(eps), n, confidence)) for eps in known if n)
+
+
+def _share(share: float | None, n: int, confidence: float) -> Rate:
+    """Return a share of n samples with its exact interval; nothing where it is none."""
+    if share is None or not n or not 0 <= share <= 1:
+        return Rate()
+    return Rate(share, *exact_interval(round(share * n), n, confidence))
+
+
+def _audit(manifest: Manifest) -> Audit | None:
+    told = dig(manifest, "audit")
+    attacked, broken = (max(0, whole(dig(told, key)) or 0) for key in ("attacked", "broken"))
+    if not attacked:
+        return None
+    n, robust = whole(dig(manifest, "totals", "n")), number(dig(manifest, "totals", "robust_accuracy"))
+    standing = None if n is None or robust is None or not 0 <= robust <= 1 else round(robust * n) + broken
+    survivors = standing if standing is not None and standing >= attacked else None
+    return Audit(attacked, broken, survivors, number(dig(told, "missed_at_most")), _confidence(told))
+
+
+def _confidence(told: Any) -> float:
+    """Return the confidence of what is told, 95 % where it does not say."""
+    found = number(dig(told, "confidence"))
+    return found if found is not None and 0 < found < 1 else 0.95
 
 
 def _eps(manifest: Manifest) -> float | None:
@@ -236,18 +294,12 @@ def _stages(known: Any) -> tuple[Stage, ...]:
 
 def _class(row: Mapping[str, Any], eps: float | None, confidence: float) -> ClassRow:
     n, name = max(0, whole(row.get("n")) or 0), row.get("name")
-
-    def rate(share: float | None) -> Rate:
-        if share is None or not n or not 0 <= share <= 1:
-            return Rate()
-        return Rate(share, *exact_interval(round(share * n), n, confidence))
-
     return ClassRow(
         number=whole(row.get("class")),
         name=str(row.get("class") if name is None else name),
         n=n,
-        clean=rate(number(row.get("clean"))),
-        robust=rate(number(row.get("robust"))) if eps is not None else Rate(),
+        clean=_share(number(row.get("clean")), n, confidence),
+        robust=_share(number(row.get("robust")), n, confidence) if eps is not None else Rate(),
     )
 
 

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from assay.reports.summary import Manifest, Rate, Summary, is_right, read, summarize
+from assay.reports.summary import Audit, Manifest, Point, Rate, Summary, is_right, points, read, summarize
 from assay.reports.text import DASH, NORMS, count, duration, percent, plural, span
 from assay.runs import Run
 
@@ -17,7 +17,7 @@ _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 def verdict(run: Run | Manifest) -> str:
-    """Say in one plain sentence what a run found, complete or not.
+    """Say in one plain sentence what a run found, complete or not; in a second one what bounded it, if anything did.
 
     Of a run without eps only the run itself tells its median size; its manifest does not.
 
@@ -25,13 +25,14 @@ def verdict(run: Run | Manifest) -> str:
         >>> verdict({"complete": False})
         'This run of the model was interrupted before any sample was finished: there is no result.'
     """
-    return sentence(*_summary(run))
+    manifest, samples = _opened(run)
+    s = summarize(manifest)
+    return " ".join([sentence(s, samples), *([stopped(s)] if s.bounded else [])])
 
 
-def _summary(run: Run | Manifest) -> tuple[Summary, pa.Table | None]:
+def _opened(run: Run | Manifest) -> tuple[Manifest, pa.Table | None]:
     """Read a run with its table, or a manifest alone."""
-    manifest, samples = read(run) if isinstance(run, Run) else (run, None)
-    return summarize(manifest), samples
+    return read(run) if isinstance(run, Run) else (run, None)
 
 
 def sentence(s: Summary, samples: pa.Table | None = None) -> str:
@@ -48,7 +49,22 @@ def sentence(s: Summary, samples: pa.Table | None = None) -> str:
 def interrupted(s: Summary) -> str:
     """Say how far a run came that is not complete."""
     of = f" of {count(s.planned)}" if s.planned else ""
-    return f"Interrupted after {count(s.n)}{of} {s.noun}s"
+    return f"{'Stopped' if s.bounded else 'Interrupted'} after {count(s.n)}{of} {s.noun}s"
+
+
+def audited(a: Audit) -> str:
+    """Say what the audit of some survivors tells of all of them."""
+    of = f"{count(a.attacked)} of the " if a.survivors else ""
+    found = count(a.broken) if a.broken else "none"
+    bound = ""
+    if a.missed_at_most is not None:
+        bound = f": at most {percent(a.missed_at_most)} of survivors were missed ({100 * a.confidence:.6g} %)"
+    return f"An audit of {of}{plural(a.survivors or a.attacked, 'survivor')} broke {found}{bound}."
+
+
+def stopped(s: Summary) -> str:
+    """Say what ended a run before its time."""
+    return f"Stopped early: {s.bounded}."
 
 
 def _withstood(s: Summary) -> str:
@@ -96,13 +112,18 @@ def median_size(samples: pa.Table) -> float | None:
 
 def print_run(run: Run | Manifest, console: Console) -> None:
     """Print a compact summary: the verdict, the rates, what it cost, the stages, the findings."""
-    s, samples = _summary(run)
+    manifest, samples = _opened(run)
+    s = summarize(manifest)
     console.print(Text(sentence(s, samples), style="bold"))
-    console.print()
-    console.print(Padding(_rates(s), (0, 0, 0, 2)))
-    if s.stages:
+    if s.audit:
+        console.print(Text(audited(s.audit)))
+    if s.bounded:
+        console.print(Text(stopped(s), style="yellow"))
+    asked = points(manifest, samples) if samples is not None else ()
+    tables = _rates(s), _point_table(s, asked) if asked else None, _stage_table(s) if s.stages else None
+    for table in filter(None, tables):
         console.print()
-        console.print(Padding(_stage_table(s), (0, 0, 0, 2)))
+        console.print(Padding(table, (0, 0, 0, 2)))
     console.print()
     _print_findings(s, console)
 
@@ -124,12 +145,22 @@ def _rates(s: Summary) -> Table:
     return grid
 
 
-def _plain_table(**options: bool) -> Table:
+def plain_table(**options: bool) -> Table:
+    """Return a table without lines, as all of ours are."""
     return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False, **options)  # type: ignore[arg-type]
 
 
+def _point_table(s: Summary, asked: Iterable[Point]) -> Table:
+    table = plain_table()
+    for head in ("eps", "robust", "interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for p in asked:
+        table.add_row(s.units.show(p.eps), percent(p.rate.value), span(p.rate.low, p.rate.high))
+    return table
+
+
 def _stage_table(s: Summary) -> Table:
-    table = _plain_table()
+    table = plain_table()
     table.add_column("stage", no_wrap=True)
     for head in ("entered", "broken", "still right", "passes each", "share", "time"):
         table.add_column(head, justify="right", overflow="fold")
@@ -162,8 +193,8 @@ def compare_table(runs: Iterable[Run | Manifest]) -> Table:
 
     Runs are told apart by their folders where their models do not do it.
     """
-    table, listed = _plain_table(), [*runs]
-    summaries = [_summary(run)[0] for run in listed]
+    table, listed = plain_table(), [*runs]
+    summaries = [summarize(_opened(run)[0]) for run in listed]
     by_folder = len({s.model for s in summaries}) < len(listed)
     for head in ("run", "model", "threat") if by_folder else ("model", "threat"):
         table.add_column(head, overflow="fold", min_width=12)

@@ -45,6 +45,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def memory(size: int) -> str:
+    """Write a number of bytes: ``2.4 MB``."""
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
 def plural(n: int | None, noun: str) -> str:
     """Write a count with its noun: ``1 image``, ``500 images``."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"

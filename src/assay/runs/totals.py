@@ -15,7 +15,12 @@ _CONFIDENCE = 0.95
 
 
 def totals(
-    table: pa.Table, tallies: Iterable[Any], *, eps: float | None, class_names: Sequence[str] | None
+    table: pa.Table,
+    tallies: Iterable[Any],
+    *,
+    eps: float | None,
+    class_names: Sequence[str] | None,
+    probe: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return all figures of a run as plain JSON.
 
@@ -27,6 +32,7 @@ def totals(
         tallies: what each batch cost, as :meth:`assay.runs.Run.tallies` yields it.
         eps: of the threat; None where the smallest change of each sample was searched.
         class_names: by label, as far as there are any.
+        probe: ``forwards`` and ``backwards`` that were spent on the model as a whole, not on samples.
     """
     n, status = len(table), _column(table, "status")
     proven = table["certified"].drop_null().to_pylist()
@@ -41,7 +47,7 @@ def totals(
         "n": n,
         **{f"{which}_accuracy": share.get(which) for which in ("clean", "robust", "certified")},
         "interval": {"confidence": _CONFIDENCE} | {w: [*exact_interval(k, n, _CONFIDENCE)] for w, k in hits.items()},
-        "passes": {c: int(_column(table, c).sum()) for c in ("forwards", "backwards")},
+        "passes": {c: int(_column(table, c).sum()) + (probe or {}).get(c, 0) for c in ("forwards", "backwards")},
         **{key: _sum(told, key) for key in ("seconds", "claimed", "rejected", "survive_8bit")},
         "per_class": _classes(_column(table, "label"), status, eps, class_names or ()),
         "stages": _stages(told),
@@ -95,4 +101,13 @@ def _stages(told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for stage in rows(tally.get("stages")):
             by_name.setdefault(str(stage.get("name", "?")), []).append(stage)
     columns = ("entered", "broken", "forwards", "backwards", "seconds")
-    return [{"name": n} | {c: _sum(same, c) for c in columns} for n, same in by_name.items()]
+    return [
+        {"name": n, "kind": same[0].get("kind"), "last": _last(same)} | {c: _sum(same, c) for c in columns}
+        for n, same in by_name.items()
+    ]
+
+
+def _last(same: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Add up what the last turn of a stage did in each batch."""
+    told = [s.get("last", s) for s in same]
+    return {c: _sum(rows(told), c) for c in ("entered", "broken")}

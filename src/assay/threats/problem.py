@@ -29,12 +29,12 @@ class Goal:
     """What counts as success: to leave ``label``, or, where there is no label, to reach ``target``.
 
     With both, success is to leave ``label``; ``target`` is the class by way of which the loss tries it.
-    ``weights`` (b, c) is a direction in output space, for the loss ``along`` that climbs in it.
+    ``weights`` is what else a loss needs to know: for ``along`` a direction (b, c) in output space.
     """
 
     label: Labels | None
     target: Labels | None = None
-    weights: Logits | None = None
+    weights: Tensor | None = None
 
     def reached(self, logits: Logits) -> Mask:
         guess = logits.argmax(1)
@@ -78,6 +78,7 @@ class Problem:
     levels: int | None = None  # allowed points are lo plus multiples of width / levels, so that they can be saved
     warm: Inputs | None = None  # where to start, if an earlier attack says so
     clean_logits: Logits | None = None  # if known already
+    order: Labels | None = None  # (b, c): classes, the most promising target first, if an earlier attack says so
 
     @classmethod
     def pose(cls, x0: Inputs, y: Labels, threat: Threat, draws: Draws, rows: Rows | None = None) -> "Problem":
@@ -96,7 +97,8 @@ class Problem:
 
     def take(self, rows: Rows) -> "Problem":
         """Return the problem of these samples only."""
-        values = {n: getattr(self, n) for n in ("x0", "radius", "lower", "upper", "rows", "warm", "clean_logits")}
+        names = ("x0", "radius", "lower", "upper", "rows", "warm", "clean_logits", "order")
+        values = {n: getattr(self, n) for n in names}
         cut = {n: v[rows] for n, v in values.items() if v is not None}
         return replace(self, goal=self.goal.take(rows), draws=self.draws.take(rows), **cut)
 
@@ -125,8 +127,8 @@ class Problem:
         """Return the problem with points x (b, *f), drawn into box and ball, to start from."""
         return replace(self, warm=self.project(x))
 
-    def along(self, weights: Logits) -> "Problem":
-        """Return the problem with a direction in output space (b, c) for the loss ``along``."""
+    def along(self, weights: Tensor) -> "Problem":
+        """Return the problem with ``weights`` in its goal: a direction in output space (b, c) for the loss ``along``."""
         return replace(self, goal=replace(self.goal, weights=weights))
 
     def full(self, value: float) -> PerSample:

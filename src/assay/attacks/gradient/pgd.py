@@ -10,7 +10,7 @@ from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import cross_entropy
 from assay.attacks.registry import ATTACKS
 from assay.core.registry import one_of
-from assay.core.types import Inputs, per_sample
+from assay.core.types import Inputs, PerSample, per_sample
 from assay.models.door import Gradient, Loss
 from assay.threats.norms import TINY
 from assay.threats.problem import STARTS, Problem
@@ -82,7 +82,7 @@ class PGD(GradientAttack[PGDState]):
         return PGDState(x, s.x)
 
 
-def climb(p: Problem, x: Inputs, grad: Inputs, rel_step: float, support: float) -> Inputs:
+def climb(p: Problem, x: Inputs, grad: Inputs, rel_step: float | PerSample, support: float) -> Inputs:
     """Take one projected step of ``rel_step`` eps; in l1, of a share ``support`` of the coordinates or more.
 
     For l0, whose ball says nothing about lengths, the gradient is scaled so that the mean change of a coordinate is

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
-from torch.nn import functional as F
 
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Descent, cosine, unit
+from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit
+from assay.attacks.outside import smooth_noise
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
-from assay.threats.norms import TINY
 from assay.threats.problem import Problem
 
 
@@ -100,7 +99,7 @@ class Inward(Descent[InwardState]):
 
     def _start(self, p: Problem, s: InwardState, number: int, *, near: bool) -> InwardState:
         """Return the state at the start of a walk."""
-        x = p.x0 + (0.8 if near else 1) * self.blend * (_smooth(p.stage(number)) - p.x0)
+        x = p.x0 + (0.8 if near else 1) * self.blend * (smooth_noise(p.stage(number)) - p.x0)
         if near:
             x = choose(s.least.isfinite(), x + 0.5 * (s.best - p.x0), x).clamp(p.lower, p.upper)
         return s._replace(x=x, radius=torch.minimum(p.size(x), _REACH[p.norm.name] * s.least))
@@ -115,7 +114,7 @@ _STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 1.0}
 
 def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: float) -> PerSample:
     """Return the radius of the next point: smaller after a success, else larger or, before any, up to the boundary."""
-    ahead = size + e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
+    ahead = size + linear_size(p, e)
     outer = torch.where(s.radius.isinf(), ahead, s.radius) * (1 + shrink)
     inner = torch.minimum(s.radius, size) * (1 - shrink)
     if p.norm.name == "l0":
@@ -127,14 +126,3 @@ def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: fl
 def _scale(p: Problem, radius: PerSample) -> PerSample:
     """Return what strides are measured in."""
     return radius.sqrt() * p.box.width if p.norm.name == "l0" else radius
-
-
-def _smooth(p: Problem) -> Inputs:
-    """Draw images of the box's values, a quarter as detailed as x0; series likewise, vectors without smoothing."""
-    shape, dtype = p.x0.shape[1:], p.x0.dtype
-    if len(shape) in (2, 3):
-        coarse = p.draws.normal((shape[0], *(-(-n // 4) for n in shape[1:])), dtype)
-        u = F.interpolate(coarse, size=shape[1:], mode="bicubic" if len(shape) == 3 else "linear")
-    else:
-        u = p.draws.normal(shape, dtype)
-    return p.box.lo + p.box.width * torch.sigmoid(3 * u)

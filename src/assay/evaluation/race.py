@@ -1,0 +1,236 @@
+"""The race: rounds of attacks, each on those samples that are nearest to falling.
+
+This file decides who is attacked next; ``block.py`` attacks. Which rounds there are is data, in ``efforts.py``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.attacks import Runnable, describe_attack
+from assay.core.random import Draws
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample
+
+SPREAD: Final = 0.05
+"""A round goes on to the next samples as long as it breaks this share of those it was given."""
+
+LEAST: Final = 4
+"""Samples that a round is given at least, as long as there are so many."""
+
+TRIAL: Final = 16
+"""Samples on which an opener is tried. With fewer than six groups of that size, nothing is tried."""
+
+CLEAR: Final = 0.5
+"""Where the best opener breaks this share of its group, others that break less than a quarter of that are left out."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One attack of a race.
+
+    Args:
+        name: as tables and ``broken_by`` call it.
+        kind: what it shows about the model (``diagnosis.judge``): ce, margin, outside, restart, targets or scores.
+        attack: run on every sample that the round is given.
+        share: of the survivors, those nearest to falling, to begin with. Where it breaks at least ``SPREAD`` of them,
+            it is given as many more.
+        repeat: the most turns; a turn that breaks nothing is the last.
+        warm: start from the best point so far.
+        opener: tried on a few samples first; the opener that breaks most is run on all samples, the others follow.
+        full: take all steps of an attack with a sample that has fallen, too.
+    """
+
+    name: str
+    kind: str
+    attack: Runnable
+    share: float = 1.0
+    repeat: int = 1
+    warm: bool = False
+    opener: bool = False
+    full: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        how = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "attack"}
+        return {**how, "attack": describe_attack(self.attack)}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rounds, and after them the ``ladder``, all of it, for a random ``audit`` share of the survivors.
+
+    Once the race has cost ``most`` passes, on average over the samples that entered it, nothing new begins (None: no
+    limit).
+    """
+
+    rounds: tuple[Round, ...]
+    most: int | None = None
+    ladder: tuple[Round, ...] = ()
+    audit: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {k: [r.to_json() for r in v] for k, v in (("rounds", self.rounds), ("ladder", self.ladder))}
+        return {**parts, "most": self.most, "audit": self.audit, "spread": SPREAD, "least": LEAST, "trial": TRIAL}
+
+
+@final
+@dataclass(slots=True)
+class Race:
+    """Where a race stands: plain tensors on the CPU and plain numbers, so that it can be saved between any two batches.
+
+    n samples, c classes. ``near`` (n, c) says how near each class came to overtaking the label, at the clean input or
+    at the best point of any round: a margin, negative. A sample's place in the race is its largest, in clean margins.
+    ``best`` (n, *f) holds the best points; of a fallen sample, the one that fools.
+    """
+
+    standing: Mask
+    near: Logits
+    best: Inputs
+    gap: PerSample  # margin at the clean input
+    by: Labels  # the round that broke it; -1: none
+    trial: Labels  # the opener that is tried on the sample; -1: none
+    order: list[int]  # rounds, as they are run
+    trials: int  # openers that are still to be tried
+    yields: list[float]  # share of its group that each opener broke
+    waiting: Labels  # what is left of the block, best first
+    seen: Mask  # in this turn
+    turns: int = 0  # so far: names the random numbers
+    leg: int = 0  # position in ``order``
+    turn: int = 0  # of this round
+    size: int = 0  # of the blocks of this turn
+    given: int = 0  # samples in the block
+    fell: int = 0  # of the block
+    fell_in_turn: int = 0
+
+    @classmethod
+    def start(
+        cls, rounds: tuple[Round, ...], x: Inputs, clean: Logits, labels: Labels, right: Mask, draws: Draws
+    ) -> "Race":
+        """Line up the samples x (n, *f) that are ``right`` (n,); openers come first among the rounds."""
+        near, none = margins(clean, labels), torch.full_like(labels, -1)
+        openers, group = sum(r.opener for r in rounds), max(TRIAL, len(x) // 32)
+        race = cls(
+            standing=right.clone(),
+            near=near,
+            best=x.clone(),
+            gap=(-near.amax(1)).clamp_min(torch.finfo(near.dtype).tiny),
+            by=none,
+            trial=none.clone(),
+            order=[*range(len(rounds))],
+            trials=openers if openers > 1 and int(right.sum()) >= 2 * openers * group else 0,
+            yields=[],
+            waiting=labels[:0],
+            seen=torch.zeros_like(right),
+        )
+        if race.trials:
+            lots = torch.where(right, draws.fold(_LOTS).uniform(), torch.inf).argsort(stable=True)
+            race.trial[lots[: openers * group]] = torch.arange(openers).repeat_interleave(group)
+        return race
+
+    def to_arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
+        """Return the state as arrays, by names that begin with ``prefix``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {prefix + k: v.numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in values.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], prefix: str) -> "Race":
+        """Return the state that :meth:`to_arrays` wrote."""
+
+        def read(name: str, kind: Any) -> Any:
+            v = arrays[prefix + name]
+            return int(v) if kind is int else v.tolist() if kind in (list[int], list[float]) else torch.from_numpy(v)
+
+        return cls(**{f.name: read(f.name, f.type) for f in fields(cls)})
+
+    def next(self, rounds: tuple[Round, ...], most: int) -> tuple[Round, Labels] | None:
+        """Return what is attacked next, at most ``most`` samples; None when the race is over."""
+        while not len(self.waiting):
+            if self.leg >= len(self.order) or not self.standing.any():
+                return None
+            self._advance(rounds[self.order[self.leg]], rounds)
+        ids, self.waiting = self.waiting[:most], self.waiting[most:]
+        return rounds[self.order[self.leg]], ids
+
+    def settle(self, ids: Labels, fell: Mask, logits: Logits, labels: Labels, x: Inputs) -> None:
+        """Take note of what a round did to the samples ``ids`` (k,): who fell, and the logits at the best points x."""
+        count = int(fell.sum())
+        self.fell, self.fell_in_turn = self.fell + count, self.fell_in_turn + count
+        self.standing[ids] &= ~fell
+        self.by[ids] = torch.where(fell, self.order[self.leg], self.by[ids])
+        new = margins(logits, labels)
+        better = fell | (new.amax(1) > self.near[ids].amax(1))
+        self.near[ids] = torch.maximum(self.near[ids], new)
+        self.best[ids[better]] = x[better]
+
+    def _advance(self, now: Round, rounds: tuple[Round, ...]) -> None:
+        """The block is done: go on to the next one, the next turn or the next round."""
+        if not self.given:
+            self._begin(now)
+        elif self.trials:
+            self._judge(rounds)
+        elif self.fell >= SPREAD * self.given and self._block():
+            return
+        elif self.fell_in_turn and self.turn + 1 < now.repeat:
+            self._end(self.turn + 1)
+        else:
+            self.leg += 1
+            self._end(0)
+
+    def _begin(self, now: Round) -> None:
+        if self.trials:
+            self._give((self.trial == self.leg).nonzero()[:, 0])
+            return
+        self.size = max(LEAST, math.ceil(now.share * int(self.standing.sum())))
+        if not self._block():
+            self.leg += 1
+            self._end(0)
+
+    def _judge(self, rounds: tuple[Round, ...]) -> None:
+        """An opener was tried; after the last one, let the best begin, on all but those that it was tried on."""
+        self.yields.append(self.fell / self.given)
+        self.trials -= 1
+        self.leg += 1
+        self._end(0)
+        if self.trials:
+            return
+        best = max(range(len(self.yields)), key=lambda i: (self.yields[i], -i))
+        poor = self.yields[best] / 4 if self.yields[best] >= CLEAR else 0.0
+        weak = {i for i, share in enumerate(self.yields) if share < poor}
+        self.order = [best, *(i for i in range(len(rounds)) if i != best and i not in weak)]
+        self.leg, self.size, self.seen = 0, len(self.standing), self.trial == best
+        if not self._block():
+            self.leg += 1
+            self._end(0)
+
+    def _block(self) -> bool:
+        """Give the round the next samples in the order of their places; tell whether there are any."""
+        ids = (self.standing & ~self.seen).nonzero()[:, 0]
+        place = (self.near.amax(1) / self.gap.sqrt())[ids]
+        self._give(ids[place.argsort(descending=True, stable=True)[: self.size]])
+        return bool(self.given)
+
+    def _give(self, ids: Labels) -> None:
+        self.waiting, self.given, self.fell = ids, len(ids), 0
+        self.seen[ids] = True
+
+    def _end(self, turn: int) -> None:
+        self.turn, self.turns = turn, self.turns + 1
+        self.given = self.fell = self.fell_in_turn = 0
+        self.seen = torch.zeros_like(self.seen)
+
+
+_LOTS = 11
+"""Names the random numbers that say on which samples openers are tried."""
+
+
+def margins(logits: Logits, labels: Labels) -> Tensor:
+    """Return how far each class is ahead of the label (n, c); -inf for the label itself."""
+    own = labels[:, None]
+    return (logits - logits.gather(1, own)).scatter(1, own, -torch.inf)
