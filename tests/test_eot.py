@@ -11,6 +11,7 @@ from assay import BPDA, attacks
 from assay.attacks import APGD, FGSM, PGD, Bisect, Restarts, Runnable, Spatial, Square, Targets, Universal
 from assay.attacks.losses import cross_entropy, margin
 from assay.core.random import Draws
+from assay.evaluation.health import Bench, averaged, gradient_spread
 from assay.models import Door, Model
 from assay.threats import Box, Goal, Problem, Threat
 from test_attacks import SHORT
@@ -190,3 +191,53 @@ def test_what_a_random_model_drew_is_put_back() -> None:
     assert torch.equal(state, torch.get_rng_state())
     again = PGD(steps=3)(Model(Drowned(), samples=3), torch.full((2, 9), 0.6), torch.ones(2).long(), "linf:0.1")
     assert torch.equal(first.x, again.x)
+
+
+@pytest.mark.parametrize("spread", [0.6, 1.2, 2.4])
+def test_the_number_of_random_passes_follows_from_the_spread(spread: float) -> None:
+    """A gradient of length 2 in 16 coordinates, with noise in each: its spread s asks for (s / 0.3)^2 passes."""
+
+    def net(x: Tensor) -> Tensor:
+        w = (2 + spread * 2 * torch.randn(16)) / 16**0.5
+        flat = (x.flatten(1) * w).sum(1)
+        return torch.stack([0 * flat, -flat], 1)
+
+    x = torch.rand(16, 16) + 1
+    bench = Bench(x, torch.zeros(16).long(), Threat("linf", 0.1, Box(0, 3)), None)
+    torch.manual_seed(0)
+    found = [gradient_spread(Model(net), bench) for _ in range(20)]
+    assert sum(found) / 20 == pytest.approx(spread, rel=0.35)
+    assert averaged(Model(net), spread).samples == max(10, round((spread / 0.3) ** 2))
+
+
+def test_random_passes_are_ten_at_least_and_a_hundred_at_most() -> None:
+    assert [averaged(Model(Shaky()), s).samples for s in (0.0, 0.01, 50.0)] == [10, 10, 100]
+    assert [averaged(Model(Shaky()), s).judged for s in (0.01, 50.0)] == [50, 100]
+
+
+def test_passes_that_the_user_has_set_are_kept() -> None:
+    kept = Model(Shaky(), samples=7, judged=9)
+    assert averaged(kept, 50.0) == kept
+
+
+def test_what_decides_is_the_mean_of_more_passes_than_a_search_takes() -> None:
+    net = Shaky()
+    with Model(net, samples=3, judged=50).frozen("cpu") as live:
+        door = Door(live, len(X))
+        p = Problem.pose(X, Y, Threat("linf", 0.1, Box()), Draws.of(0, torch.arange(len(X))))
+        decision = door.decide(X, p)
+        assert len(net.used) == 50
+        assert torch.equal(decision.label, (X @ torch.stack(net.used).mean(0).T).argmax(1))
+        door.score(X, p, margin)
+        assert len(net.used) == 53
+    assert (door.forwards == 53).all()
+
+
+def test_a_decision_that_is_too_dear_is_not_asked_for() -> None:
+    with Model(Shaky(), samples=3, judged=50).frozen("cpu") as live:
+        door = Door(live, len(X))
+        p = Problem.pose(X, Y, Threat("linf", 0.1, Box()), Draws.of(0, torch.arange(len(X))))
+        with door.limited(52):
+            door.score(X, p, margin)
+            assert not door.decide(X, p).success.any()
+    assert (door.forwards == 3).all()

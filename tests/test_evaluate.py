@@ -238,6 +238,7 @@ def test_the_manifest_says_all_that_decides_the_numbers(whole):
         "effort",
         "plan",
         "max_passes",
+        "levels",
         "until_interval",
         "block",
         "n",

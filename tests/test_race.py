@@ -11,6 +11,7 @@ from torch import nn
 import assay
 from assay.attacks import PGD, Square
 from assay.attacks.loop import ScoreAttack
+from assay.core.errors import AssayError
 from assay.core.random import Draws
 from assay.evaluation import EFFORTS, Plan, Round, course, engine, plan_for
 from assay.evaluation.efforts import budget
@@ -282,3 +283,25 @@ def test_a_race_ends_when_it_has_cost_what_it_may(digits, monkeypatch):
     rounds = tuple(Round(f"{i}", "ce", PGD(steps=5, rel_step=0.01)) for i in range(9))
     monkeypatch.setattr(engine, "plan_for", lambda *_: Plan(rounds, most=25))
     assert [s["name"] for s in run(digits).stages()] == ["clean", "0", "1", "2", "shrink"]
+
+
+def test_at_the_eps_of_a_list_what_fell_is_attacked_again(digits):
+    """Robust accuracy at smaller eps is then that of attacks, not of shrunk perturbations of larger ones."""
+    model, data = digits
+    levels = [0.1, 0.2]
+    plain = assay.evaluate(model, data, "linf:0.35", "quick", progress=False)
+    listed = assay.evaluate(model, data, "linf:0.35", "quick", progress=False, eps_list=levels)
+    assert listed.robust_accuracy == plain.robust_accuracy
+    assert all(listed.curve()(eps) <= plain.curve()(eps) for eps in levels)
+    assert listed.curve()(0.2) < plain.curve()(0.2)
+    assert listed.run.manifest["eps_list"] == levels
+    stored = np.concatenate(
+        [np.abs(a["x"].astype(float) - a["clean"]).max((1, 2, 3)) for a in listed.run.adversarials()]
+    )
+    fallen = round((listed.clean_accuracy - listed.curve()(0.2)) * 120)
+    assert (stored <= 0.2).sum() == fallen > 0
+
+
+def test_an_eps_beyond_the_threat_is_refused(digits):
+    with pytest.raises(AssayError, match="largest of them"):
+        run(digits, eps_list=[0.1, 0.4])

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,15 +94,16 @@ def test_zero_gradients_are_found_and_scores_take_over(net, digits):
     assert result.robust_accuracy < 0.3
 
 
-def test_a_model_without_gradient_is_found_and_scores_take_over(net, digits):
-    def closed(x):
-        with torch.no_grad():
-            return net(x)
+def test_a_model_without_gradient_is_found_and_attacked_all_the_same(net, digits):
+    """Answers that come from elsewhere, here from another copy of torch's numbers: nothing to differentiate."""
 
-    result = evaluate(closed, digits, "linf:0.3", "standard")
+    def foreign(x):
+        scores = net(torch.from_numpy(x.detach().numpy().copy()))
+        return torch.from_numpy(scores.detach().numpy().copy())
+
+    result = evaluate(foreign, digits, "linf:0.3", "standard")
     assert the(result, "no-gradient").remedy
     assert result.robust_accuracy < 0.3
-    assert [s["name"] for s in result.stages()] == ["clean", "square", "shrink"]
 
 
 def test_nan_logits_are_an_error_of_the_model(net, digits):
@@ -180,8 +182,8 @@ def test_probabilities_are_found_and_their_logarithm_is_attacked(net, digits):
 def test_randomness_is_found_and_averaged(net, digits):
     result = evaluate(lambda x: net(x + 0.1 * torch.randn_like(x)), digits.head(16))
     finding = the(result, "randomized")
-    assert finding.evidence["samples"] == 16
-    assert result.samples["forwards"].to_pylist()[0] % 16 == 0
+    assert 10 <= finding.evidence["samples"] <= 100
+    assert min(result.samples["forwards"].to_pylist()) >= 50  # nothing is decided by fewer passes
 
 
 def test_dependence_on_the_batch_is_found(net, digits):
@@ -249,17 +251,29 @@ def test_a_class_masked_by_a_huge_logit_hides_nothing(net, digits):
     assert "randomized" in codes(noisy)
 
 
-def test_where_no_attack_can_see_a_model_the_finding_says_that_the_figure_means_nothing(net, digits):
+def test_a_gradient_that_the_model_shuts_off_is_said_and_opened(net, digits):
     def closed(x):
         with torch.no_grad():
             return net(x)
 
-    finding = the(evaluate(closed, digits.head(8), "l1:10"), "no-gradient")
-    assert finding.severity == "error"
-    assert "says nothing" in finding.message
+    shut = evaluate(closed, digits.head(8), "linf:0.3")
+    assert {"no-gradient", "repaired-bpda"} <= codes(shut)
+    assert shut.robust_accuracy == evaluate(net, digits.head(8), "linf:0.3").robust_accuracy
 
 
-def test_a_backward_pass_that_raises_counts_as_no_gradient(net, digits):
+def test_where_no_attack_can_see_a_model_the_finding_says_that_the_figure_means_nothing(net, digits):
+    """Scores from outside of torch, in a norm that no search by scores is here for."""
+    weights = [p.detach().numpy() for p in nn.Linear(784, 10).parameters()]
+
+    def foreign(x):
+        return torch.from_numpy(np.round(x.detach().numpy().reshape(len(x), -1) @ weights[0].T + weights[1], 1))
+
+    finding = the(evaluate(foreign, digits.head(8), "l1:1"), "no-gradient")
+    assert finding.severity in {"error", "warning"}
+    assert finding.remedy
+
+
+def test_a_backward_pass_that_raises_is_said_and_passed_by(net, digits):
     class OneWay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -270,8 +284,8 @@ def test_a_backward_pass_that_raises_counts_as_no_gradient(net, digits):
             raise NotImplementedError("no way back")
 
     result = evaluate(lambda x: net(OneWay.apply(x)), digits.head(8), "linf:0.3")
-    assert "no-gradient" in codes(result)
-    assert set(result.samples["broken_by"].to_pylist()) <= {"square", None}
+    assert {"no-gradient", "repaired-bpda"} <= codes(result)
+    assert result.robust_accuracy == evaluate(net, digits.head(8), "linf:0.3").robust_accuracy
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 14, 14), (784,)], ids=str)

@@ -120,7 +120,7 @@ class Runnable(ABC):
             door = Door(live, len(x))
             keys = torch.arange(len(x)) if indices is None else indices
             p = Problem.pose(x0, y.to(live.device).long().clone(), threat, Draws.of(seed, keys.to(live.device)))
-            with door.limited(None if max_passes is None else max_passes - live.model.samples):  # one to verify
+            with door.limited(None if max_passes is None else max_passes - live.model.deciding):  # one to verify
                 able = door.affords(p.rows, 1) is None
                 out = self.run(door, p, full=full) if able else Outcome.nothing(p)
             # Posed anew: what an attack did to its own copy of the problem must not decide whether it succeeded.

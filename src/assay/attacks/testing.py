@@ -203,7 +203,7 @@ def _respects_a_budget(c: _Case) -> None:
     for threat, y in c.threats():
         free = c.attack(c.model, c.x, y, threat)
         spent = free.forwards + free.backwards
-        enough = int(spent.max()) + c.model.samples
+        enough = int(spent.max()) + c.model.deciding
         for limit in (1, 3, 1 + enough // 2, enough):
             r = c.attack(c.model, c.x, y, threat, max_passes=limit)
             where, passes = f"{threat}, max_passes={limit}", r.forwards + r.backwards
@@ -211,7 +211,7 @@ def _respects_a_budget(c: _Case) -> None:
             met = _met(threat, y, c.fresh(r.x))
             seen = f"{where}: {r.success}"
             _hold(torch.equal(met, r.success), "success is what a fresh pass of the model says", seen)
-            kept = r.success | ~free.success | (spent + c.model.samples > limit)
+            kept = r.success | ~free.success | (spent + c.model.deciding > limit)
             _hold(bool(kept.all()), "what is found within the budget is returned", seen)
         _hold(torch.equal(r.x, free.x), "a limit that is not reached changes nothing", where)
 

@@ -37,6 +37,7 @@ class Job:
     """What a block needs besides its samples; can be sent to another process.
 
     ``batch`` samples are attacked together, which changes no result. No sample spends more than ``max_passes``.
+    ``levels`` are further eps, each smaller than that of the threat, at which the robust accuracy is wanted.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Job:
     device: torch.device | str | None
     batch: int = BATCH
     max_passes: int | None = None
+    levels: tuple[float, ...] = ()
 
 
 @final
@@ -88,6 +90,7 @@ class _Block:
         self.job, self.index, self.journal, self.deadline = job, torch.tensor(rows), journal, deadline
         self.clock = _Clock(live, self.index, tell)
         self.x, self.y = job.data.batch(self.index), job.data.labels[self.index]
+        self.threat = job.threat
         self.bounded: str | None = None
         self.race: Race
         self.audit: Race | None = None
@@ -101,6 +104,9 @@ class _Block:
             self._choose()
         if self.audit is not None:
             self._compete(self.audit, self.job.plan.ladder, len(self.job.plan.rounds))
+        self._conclude()
+        for eps in sorted(self.job.levels, reverse=True):
+            self._tighten(eps)
         return self._write_down()
 
     def _begin(self) -> None:
@@ -133,7 +139,8 @@ class _Block:
             if (now := race.next(rounds, self.job.batch)) is None:
                 return
             self._attack(race, *now, first)
-            self.journal.save(self._state)
+            if race is self.race or race is self.audit:
+                self.journal.save(self._state)
         self.bounded = "max-seconds"
 
     def _spent(self) -> float:
@@ -143,8 +150,8 @@ class _Block:
 
     def _attack(self, race: Race, part: Round, ids: Labels, first: int) -> None:
         """Run one round on some samples; only claims that verification confirms count as fallen."""
-        door, samples = self.clock.door, self.job.model.samples
-        most = None if self.job.max_passes is None else self.job.max_passes - 2 * samples  # to verify, and to look
+        door, judged = self.clock.door, self.job.model.deciding
+        most = None if self.job.max_passes is None else self.job.max_passes - 2 * judged  # to verify, and to look
         with door.limited(most):
             able = door.affords(ids.to(door.live.device), 2)
         if able is not None:
@@ -188,7 +195,7 @@ class _Block:
     def _pose(self, ids: Labels) -> Problem:
         x, y, rows, clean = self._there(self.x[ids], self.y[ids], ids, self.clean[ids])
         draws = Draws.of(self.job.seed, self.index[ids].to(x.device))
-        return replace(Problem.pose(x, y, self.job.threat, draws, rows), clean_logits=clean)
+        return replace(Problem.pose(x, y, self.threat, draws, rows), clean_logits=clean)
 
     def _there(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Return copies on the model's device."""
@@ -216,30 +223,61 @@ class _Block:
         self.audit = Race.from_arrays(arrays, "audit.") if "audit.best" in arrays else None
         return True
 
+    def _conclude(self) -> None:
+        """Put race and audit together: who fell, by what, at which point, made smaller."""
+        self.by, self.found = self.race.by, self.race.best
+        self.sizes = torch.where(self.clean.argmax(1) == self.y, torch.inf, 0.0).double()
+        self.after, self.survive = self.clean.clone(), 0
+        if self.audit is not None:
+            self._take(self.audit, len(self.job.plan.rounds))
+        self._shrink((self.by >= 0).nonzero()[:, 0], count=True)
+
+    def _tighten(self, eps: float) -> None:
+        """Attack what fell at a larger eps at this one."""
+        tighten, first = self.job.plan.tighten, len(self.job.plan.rounds) + len(self.job.plan.ladder)
+        race = self._line_up(tighten, (self.by >= 0) & (self.sizes > eps))
+        race.best = self.found.clone()
+        self.threat = replace(self.job.threat, eps=eps)
+        self._compete(race, tighten, first)
+        self._take(race, first)
+        self._shrink((race.by >= 0).nonzero()[:, 0])
+
+    def _take(self, race: Race, first: int) -> None:
+        """Take over what a later race broke."""
+        fell = race.by >= 0
+        self.by = torch.where(fell, race.by + first, self.by)
+        self.found = choose(fell, race.best, self.found)
+
+    def _shrink(self, at: Labels, *, count: bool = False) -> None:
+        """Shrink the adversarial points of the samples ``at``; with ``count``, first count what survives 8 bits."""
+        door = self.clock.door
+        with self.clock.stage("shrink", "shrink", len(at)):
+            for ids in at.split(self.job.batch) if len(at) else ():  # type: ignore[no-untyped-call]
+                p, (x,) = self._pose(ids), self._there(self.found[ids])
+                if count:
+                    self.survive += _after_rounding(door, p, x) if x.ndim == 4 else len(ids)
+                x, z = _shrink(door, p, x)
+                self.found[ids], self.after[ids] = x.cpu(), z.cpu().to(self.after.dtype)
+                self.sizes[ids] = exact_size(p.norm, x, p.x0).double().cpu()
+
     def _write_down(self) -> Part:
-        race, audit, names = self.race, self.audit, [r.name for r in (*self.job.plan.rounds, *self.job.plan.ladder)]
-        wrong = self.clean.argmax(1) != self.y
-        by, best, told = race.by, race.best, None
-        if audit is not None:
-            late = audit.by >= 0
-            by = torch.where(late, audit.by + len(self.job.plan.rounds), by)
-            best = choose(late, audit.best, best)
-            entered = late | audit.standing
-            told = {"attacked": int(entered.sum()), "broken": int(late.sum())}
-        fooled = by >= 0
-        at = fooled.nonzero()[:, 0]
-        x, z, survive = self._shrunk(best, at)
-        sizes = torch.full(wrong.shape, torch.inf, dtype=torch.float64)
-        sizes[wrong] = 0.0
-        sizes[at] = exact_size(self.job.threat.norm, x, self.x[at]).double()
-        after = torch.full_like(self.y, -1).index_copy(0, at, z.argmax(1))
+        by, fooled, sizes = self.by, self.by >= 0, self.sizes
+        plan, at = self.job.plan, fooled.nonzero()[:, 0]
+        names = [r.name for r in (*plan.rounds, *plan.ladder, *plan.tighten)]
+        wrong, guesses = self.clean.argmax(1) != self.y, self.after.argmax(1)
+        told = None
+        if self.audit is not None:
+            late = self.audit.by >= 0
+            told = {"attacked": int((late | self.audit.standing).sum()), "broken": int(late.sum())}
         rows = {
             "index": self.index.tolist(),
             "label": self.y.tolist(),
             "prediction": self.clean.argmax(1).tolist(),
             "margin": (-LOSSES["margin"](self.clean, Goal(self.y))).double().tolist(),
             "fooled": fooled.tolist(),
-            "adversarial_prediction": [a if a >= 0 else None for a in after.tolist()],
+            "adversarial_prediction": [
+                a if f else None for a, f in zip(guesses.tolist(), fooled.tolist(), strict=True)
+            ],
             "size": sizes.tolist(),
             "broken_by": [names[b] if b >= 0 else None for b in by.tolist()],
             "certified": [None] * len(by),
@@ -254,35 +292,23 @@ class _Block:
         }
         arrays = {
             "index": self.index[at],
-            "x": x,
+            "x": self.found[at],
             "clean": self.x[at],
             "label": self.y[at],
-            "prediction": z.argmax(1),
+            "prediction": guesses[at],
             "clean_confidence": self.clean[at].softmax(1).amax(1).float(),
-            "confidence": z.softmax(1).amax(1).float(),
+            "confidence": self.after[at].softmax(1).amax(1).float(),
         }
         tally = {
             "stages": self.clock.stages,
             "claimed": self.clock.claimed,
             "rejected": self.clock.rejected,
-            "survive_8bit": survive,
+            "survive_8bit": self.survive,
             "audit": told,
             "bounded": self.bounded,
             "seconds": sum(s["seconds"] for s in self.clock.stages),
         }
         return Part(rows, {k: v.numpy() for k, v in arrays.items()}, tally)
-
-    def _shrunk(self, best: Inputs, at: Labels) -> tuple[Inputs, Logits, int]:
-        """Shrink the adversarial points of the samples ``at``; return them, their logits, and what survives 8 bits."""
-        points, logits, survive = [best[:0]], [self.clean[:0]], 0
-        with self.clock.stage("shrink", "shrink", len(at)):
-            for ids in at.split(self.job.batch) if len(at) else ():  # type: ignore[no-untyped-call]
-                p, (x,) = self._pose(ids), self._there(best[ids])
-                survive += _after_rounding(self.clock.door, p, x) if x.ndim == 4 else len(ids)
-                x, z = _shrink(self.clock.door, p, x)
-                points.append(x.cpu())
-                logits.append(z.cpu().to(self.clean.dtype))
-        return torch.cat(points), torch.cat(logits), survive
 
 
 _AUDIT = 12

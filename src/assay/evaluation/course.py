@@ -8,6 +8,7 @@ import torch
 from assay.core.random import Draws
 from assay.core.registry import UsageError
 from assay.runs.statistics import sequential_interval
+from assay.threats import Threat
 
 BLOCK: Final = 1024
 """Samples that race against each other, and are stored together. It is part of what decides the numbers."""
@@ -36,6 +37,20 @@ class Course:
             raise UsageError("max_seconds of at least 0", f"{self.seconds}", "Leave it out for no limit.")
         if not all(eps > 0 for eps in self.eps_list):
             raise UsageError("positive eps_list", f"{self.eps_list}", "Give the eps in units of the box.")
+
+    def within(self, threat: Threat) -> tuple[float, ...]:
+        """Return the listed eps that are smaller than the threat's.
+
+        Raises:
+            UsageError: one of them is larger.
+        """
+        if threat.eps is not None and max(self.eps_list, default=0.0) > threat.eps:
+            raise UsageError(
+                f"eps_list up to the eps of the threat, {threat.eps:g}, which is what is attacked",
+                f"{max(self.eps_list):g}",
+                "Give the threat the largest of them.",
+            )
+        return tuple(eps for eps in self.eps_list if threat.eps is None or eps < threat.eps)
 
     def to_json(self) -> dict[str, Any]:
         """Return what of it decides the numbers."""

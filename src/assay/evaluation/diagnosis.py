@@ -31,7 +31,7 @@ DISAGREEMENT: Final = 0.2
 """Share of the probe that the margin may break behind cross-entropy; in a race, with more samples, ``RACE_GAP``."""
 
 RACE_GAP: Final = 0.02
-RESTART_YIELD: Final = 0.01
+RESTART_YIELD: Final = 0.05
 UNREACHED: Final = 0.1
 """Share of the probe that may stand when the whole box is allowed."""
 

@@ -45,17 +45,19 @@ def plan_for(effort: str, threat: Threat, blind: float = 0.0) -> Plan:
     if norm not in NORMS:
         raise ThreatError(f"one of {', '.join(NORMS)} to evaluate", norm, "Attacks for other norms come later.")
     scores = (_square(_BLIND_QUERIES[effort]),) if blind and norm in Square.norms else ()
+    tighten = (*_tighten(norm),)
     if threat.eps is None:
         search = Inward(steps=_STEPS[effort]), _SECOND[norm](steps=_STEPS[effort] // 4)
         parts = search + tuple(Bisect(s.attack) for s in scores)
-        return Plan((Round("smallest", "outside", Cascade(parts)),))
+        return Plan((Round("smallest", "outside", Cascade(parts)),), tighten=tighten)
     if blind == 1 and scores:
-        return Plan(scores)
+        return Plan(scores, tighten=scores)
     if effort == "reference":
-        return Plan((*_ensemble(norm, full=True),))
+        return Plan((*_ensemble(norm, full=True),), tighten=tighten)
     rounds = (*(_sparse(effort) if norm == "l0" else _ROUNDS[effort](norm)), *scores)
     ladder, most = (*_ensemble(norm), _BEYOND), _MOST[effort]
-    return Plan(rounds, most, ladder, _AUDIT) if effort == "thorough" else Plan(rounds, most)
+    audit = _AUDIT if effort == "thorough" else 0.0
+    return Plan(rounds, most, ladder if audit else (), audit, tighten)
 
 
 def _climb(steps: int, loss: Loss = _MARGIN) -> Runnable:
@@ -108,10 +110,20 @@ def _standard(norm: str) -> Iterator[Round]:
 def _thorough(norm: str) -> Iterator[Round]:
     yield from _standard(norm)
     yield Round("ce-100", "restart", _climb(100, _CE), 0.1, repeat=4)
-    yield Round("targets-100", "targets", Targets(_climb(100), 9, among=40), 0.03)
+    yield Round("targets-100", "targets", Targets(_climb(100), 4, among=40), 0.03)
     if norm in Square.norms:
         yield Round("square-climb-3000", "scores", _square_climb(3000), 0.03, repeat=3)
     yield Round("inward-1000", "outside", Inward(steps=1000), 0.03, repeat=3)
+
+
+def _tighten(norm: str) -> Iterator[Round]:
+    """Return what is tried at each eps of a list on the samples that fell at a larger one."""
+    yield Round("eps-warm", "restart", _climb(20), warm=True)
+    if norm == "l0":
+        yield Round("eps-inward", "outside", Inward(steps=60), 0.3, repeat=2)
+        return
+    yield Round("eps-ce", "restart", _climb(20, _CE), 0.3)
+    yield Round("eps-funnel", "outside", _funnel(norm, 30), 0.2, repeat=2)
 
 
 def _square_climb(queries: int) -> Runnable:
@@ -139,7 +151,7 @@ def _ensemble(norm: str, *, full: bool = False) -> Iterator[Round]:
         yield _square(5000)
 
 
-_BEYOND: Final = Round("audit-inward", "outside", Inward(steps=1000))
+_BEYOND: Final = Round("audit-inward", "outside", Inward(steps=500))
 """What the audit tries besides the ensemble."""
 
 _ROUNDS: Final = {"quick": _quick, "standard": _standard, "thorough": _thorough}

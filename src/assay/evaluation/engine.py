@@ -99,7 +99,7 @@ def evaluate(
     probed = None if effort == "quick" else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind)
-    job = Job(checked.model, data, threat, plan, seed, device, batch_size or BATCH, max_passes)
+    job = Job(checked.model, data, threat, plan, seed, device, batch_size or BATCH, max_passes, course.within(threat))
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
     passing = None if out is not None else mkdtemp(prefix="assay-")

@@ -45,6 +45,7 @@ def new_manifest(
             "effort": effort,
             "plan": job.plan.to_json(),
             "max_passes": job.max_passes,
+            "levels": [*job.levels],
             **course.to_json(),
             "seed": job.seed,
             "prove": None,
@@ -93,7 +94,9 @@ def finish(run: Run, result: Evaluation, findings: Sequence[Finding], classes: i
     """Write what the whole run showed into its manifest."""
     totals, tallies = result.totals(), [*run.tallies()]
     right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
-    late = (*check_accuracy(right, result.n, classes), *judge(totals["stages"], result.n), *_after_work(totals))
+    known = {f.code for f in findings}
+    judged = (f for f in judge(totals["stages"], result.n) if f.code not in known)
+    late = (*check_accuracy(right, result.n, classes), *judged, *_after_work(totals))
     width = run.manifest["identity"]["until_interval"]
     bounds = [t["bounded"] for t in tallies if t.get("bounded")]
     if width is not None and result.n < run.manifest["data"]["n"]:

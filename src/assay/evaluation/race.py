@@ -67,16 +67,17 @@ class Plan:
     """Rounds, and after them the ``ladder``, all of it, for a random ``audit`` share of the survivors.
 
     Once the race has cost ``most`` passes, on average over the samples that entered it, nothing new begins (None: no
-    limit).
+    limit). Where the robust accuracy at smaller eps is wanted, too, the rounds ``tighten`` are run at each of them.
     """
 
     rounds: tuple[Round, ...]
     most: int | None = None
     ladder: tuple[Round, ...] = ()
     audit: float = 0.0
+    tighten: tuple[Round, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        parts = {k: [r.to_json() for r in v] for k, v in (("rounds", self.rounds), ("ladder", self.ladder))}
+        parts = {k: [r.to_json() for r in getattr(self, k)] for k in ("rounds", "ladder", "tighten")}
         return {**parts, "most": self.most, "audit": self.audit, "spread": SPREAD, "least": LEAST, "trial": TRIAL}
 
 
