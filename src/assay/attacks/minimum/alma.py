@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 
 from assay.attacks.losses import dlr
-from assay.attacks.minimum.descent import Descent, unit
+from assay.attacks.minimum.descent import Descent, linear_size, reach, unit
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -39,8 +39,8 @@ class ALMA(Descent[ALMAState]):
     """Augmented Lagrangian attack: descends |x - x0| + P(y; rho, mu), y = -DLR, with RMSProp and momentum.
 
     P = mu y + mu rho y^2 + rho^2 y^3 / 6 where y >= 0, else mu y / (1 - rho y). mu is a running mean of P'(y).
-    At every review, rho grows where no success was found and y did not fall enough. The first rate makes a first step
-    of a set length; after the first success the rate falls geometrically.
+    At every review, rho grows where no success was found and y did not fall enough. The first rate takes one step of
+    plain descent half of the way that a linear model would need; after the first success the rate falls geometrically.
 
     The last steps close in as :class:`Descent` says.
 
@@ -48,7 +48,7 @@ class ALMA(Descent[ALMAState]):
 
     Args:
         steps: number of steps.
-        start: size of the first step, in widths of the box; None for 0.1 in l2 and 0.5 in l1.
+        start: size of that step, as a share of the way.
         last_step: last rate as a share of the first.
         keep: share that running means and momentum keep.
         review: steps between two reviews.
@@ -57,7 +57,8 @@ class ALMA(Descent[ALMAState]):
         closing: further steps that close in; 0 for none, as in the paper.
         loss: the constraint is that it is positive.
 
-    *Differs from the paper in*: the small tolerance is added to the ratio, not to the difference of logits; closing in.
+    *Differs from the paper in*: the first step, which the paper gives one size a norm and data set; the small tolerance
+    is added to the ratio, not to the difference of logits; closing in.
 
     References:
         Rony et al. 2021, arXiv:2011.11857, algorithm 1.
@@ -65,7 +66,7 @@ class ALMA(Descent[ALMAState]):
 
     norms: ClassVar[tuple[str, ...]] = ("l2", "l1")
     steps: int = 1000
-    start: float | None = None
+    start: float = 0.5
     last_step: float = 0.01
     keep: float = 0.9
     review: int = 10
@@ -85,7 +86,7 @@ class ALMA(Descent[ALMAState]):
         grad = -per_sample(_slope(y, s), e.grad) * e.grad * p.box.width
         if k == 0:
             grad = choose(grad.flatten(1).abs().amax(1) == 0, unit(p, grad, k), grad)
-            first = self.start or _FIRST[p.norm.name]
+            first = (self.start * linear_size(p, e)).clamp_min(_TOLERANCE * p.box.width).minimum(reach(p) / 2)
             s = s._replace(rate=_rate(p, grad, first))
         else:
             grad = grad + _away(p, s.x)
@@ -113,9 +114,6 @@ class ALMA(Descent[ALMAState]):
         return self.last_step**share
 
 
-_FIRST = {"l2": 0.1, "l1": 0.5}
-
-
 def _slope(y: PerSample, s: ALMAState) -> PerSample:
     """Return P'(y)."""
     mu, rho = s.multiplier, s.penalty
@@ -129,13 +127,13 @@ def _away(p: Problem, x: Inputs) -> Inputs:
     return d.sign() if p.norm.name == "l1" else p.norm.steepest(d)
 
 
-def _rate(p: Problem, grad: Inputs, size: float) -> PerSample:
+def _rate(p: Problem, grad: Inputs, size: PerSample) -> PerSample:
     """Return the rate at which one step of plain descent, clipped, has this size."""
-    low = size / p.norm.size(grad).clamp_min(TINY)  # clipping can only shorten a step
+    low = size / (p.norm.size(grad) * p.box.width).clamp_min(TINY)  # clipping can only shorten a step
     high = low * 1e4
     for _ in range(_HALVINGS):
         middle = (low * high).sqrt()
         x = (p.x0 - per_sample(middle, grad) * p.box.width * grad).clamp(p.lower, p.upper)
-        short = p.size(x) < size * p.box.width
+        short = p.size(x) < size
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return low

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
+from assay.attacks.minimum.descent import linear_size
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -79,6 +80,7 @@ class CarliniWagnerState(NamedTuple):
     w: Inputs
     best: Inputs  # the preimage of the smallest success
     size: PerSample  # of it
+    guess: PerSample  # of it, before the first success
     adam: Adam
     weight: Weight
 
@@ -97,8 +99,9 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
     Args:
         steps: steps of a round.
         rounds: number of values of c.
-        rate: learning rate at first, in proportion to the smallest size so far; it falls to 0 along half a squared
-            cosine over all rounds.
+        rate: learning rate at first, in proportion to the smallest size so far (before the first success, to what a
+            linear model would need, twice as much in every round); it falls to 0 along half a squared cosine over all
+            rounds.
         confidence: margin that is aimed at.
         loss: what is kept above ``confidence``; positive where the goal is met.
 
@@ -127,22 +130,24 @@ class CarliniWagner(GradientAttack[CarliniWagnerState]):
     def init(self, p: Problem) -> CarliniWagnerState:
         x = p.start("clean")
         w, never = (((x - p.box.lo) / p.box.width * 2 - 1) * _EDGE).atanh(), p.full(torch.inf)
-        return CarliniWagnerState(x, w, w, never, Adam.blank(w), Weight.first(p, never, settled=never < 0))
+        return CarliniWagnerState(x, w, w, never, p.full(0.0), Adam.blank(w), Weight.first(p, never, settled=never < 0))
 
     def update(self, p: Problem, s: CarliniWagnerState, e: Gradient, k: int) -> CarliniWagnerState:
         weight = (
             s.weight if k else Weight.first(p, linear_weight(p, e), settled=e.success & (s.x == p.x0).flatten(1).all(1))
         )
+        guess = s.guess if k else linear_size(p, e)  # without it the first steps go far beyond boundaries nearby
         away, size = (s.x - p.x0) / p.box.width, p.size(s.x)
         slope = 2 * away - per_sample(short(e, self.confidence) * weight.c, away) * e.grad * p.box.width
         adam, direction = s.adam.step(slope * (1 - s.w.tanh().square()) / 2, weight.age)
-        w = s.w - per_sample(self._rate(p, s.size, weight), s.w) * direction
+        w = s.w - per_sample(self._rate(p, torch.where(s.size.isinf(), guess, s.size), weight), s.w) * direction
         better = e.success & (size < s.size)
         best, size = choose(better, s.w, s.best), torch.where(better, size, s.size)
         weight, over = weight.tell(e.success, self.steps)
+        guess = torch.where(over, 2 * guess, guess)
         w, adam = choose(over & size.isfinite(), best, w), adam.blank_where(over)
         x = (p.box.lo + p.box.width * (w.tanh() + 1) / 2).clamp(p.lower, p.upper)
-        return CarliniWagnerState(x, w, best, size, adam, weight)
+        return CarliniWagnerState(x, w, best, size, guess, adam, weight)
 
     def _rate(self, p: Problem, size: PerSample, weight: Weight) -> PerSample:
         progress = (weight.round + weight.age / self.steps) / self.rounds

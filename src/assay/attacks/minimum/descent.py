@@ -38,6 +38,11 @@ def toward_zero(d: Inputs, by: Inputs) -> Inputs:
     return d.sign() * (d.abs() - by).clamp_min(0)
 
 
+def linear_size(p: Problem, e: Gradient) -> PerSample:
+    """Return how far the boundary is from the point asked if the model is linear."""
+    return e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
+
+
 def reach(p: Problem) -> PerSample:
     """Return the size of the largest perturbation that the box allows."""
     return p.norm.size(torch.maximum(p.upper - p.x0, p.x0 - p.lower))

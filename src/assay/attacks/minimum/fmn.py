@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Descent, cosine, reach, unit
+from assay.attacks.minimum.descent import Descent, cosine, linear_size, reach, unit
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -31,7 +31,8 @@ class FMN(Descent[FMNState]):
     Where x succeeds, e <- min(e (1 - c), smallest success); where an earlier point did, e <- e (1 + c); before that,
     e <- (1 + c) max(e, |x - x0| + |margin| / |g|_dual), a little beyond where a linear model would fall, and x is put
     on the sphere. For l0 the radius is a count, moves by at least one, and starts at 1. a and c fall along half a
-    cosine. In linf the step is x + a e sign(g). The last steps close in as :class:`Descent` says.
+    cosine. In linf the step is x + a e sign(g); in l0 its length is 2 a sqrt(e). The last steps close in as
+    :class:`Descent` says.
 
     *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
@@ -46,10 +47,11 @@ class FMN(Descent[FMNState]):
 
     *Differs from the paper in*: until the first success, (1 + c), without which a linear model is never crossed, a
     radius that never falls and the sphere, without which points rest in local maxima well inside the ball; the step in
-    linf (the l2-normalised one hardly moves coordinates with small gradients); one projection onto ball and box
-    together, not one after the other; a random direction where the gradient is zero; a radius no larger than the box
-    allows; closing in. Two published implementations get the l2 ball wrong: one stretches every perturbation to the
-    sphere, one never shrinks any.
+    linf (the l2-normalised one hardly moves coordinates with small gradients) and in l0 (the length that the paper
+    tunes suits one count: many coordinates need a longer step than few to get to the ends of the box); one projection
+    onto ball and box together, not one after the other; a random direction where the gradient is zero; a radius no
+    larger than the box allows; closing in. Two published implementations get the l2 ball wrong: one stretches every
+    perturbation to the sphere, one never shrinks any.
 
     References:
         Pintor et al. 2021, arXiv:2102.12827, algorithm 1.
@@ -75,16 +77,12 @@ class FMN(Descent[FMNState]):
         follow = self._count if p.norm.name == "l0" else self._radius
         radius = torch.minimum(follow(p, s._replace(best=best), e, c), reach(p))
         length = self.step * cosine(k, self.steps, 1.0, self.last_step)
-        if p.norm.name == "linf":
-            move = per_sample(length * radius, s.x) * unit(p, e.grad, k).sign()
-        else:
-            move = length * p.box.width * unit(p, e.grad, k)
-        x = p.project(s.x + move, radius)
+        x = p.project(s.x + length * _stride(p, radius, unit(p, e.grad, k)), radius)
         x = choose(best.isinf(), _outwards(p, x, radius), x)
         return FMNState(x, radius, best)
 
     def _radius(self, p: Problem, s: FMNState, e: Gradient, c: float) -> PerSample:
-        linear = p.size(s.x) + e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
+        linear = p.size(s.x) + linear_size(p, e)
         least = torch.where(s.radius.isinf(), linear, torch.maximum(linear, s.radius))
         grown = (1 + c) * torch.where(s.best.isinf(), least, s.radius)
         return torch.where(e.success, torch.minimum(s.radius * (1 - c), s.best), grown)
@@ -93,6 +91,15 @@ class FMN(Descent[FMNState]):
         fewer = torch.minimum(s.radius - 1, (s.radius * (1 - c)).floor()).minimum(s.best)
         more = torch.maximum(s.radius + 1, (s.radius * (1 + c)).floor())
         return torch.where(e.success, fewer, more).clamp_min(1)
+
+
+def _stride(p: Problem, radius: PerSample, direction: Inputs) -> Inputs:
+    """Return the step for a = 1 in a direction of l2 length 1."""
+    if p.norm.name == "linf":
+        return per_sample(radius, direction) * direction.sign()
+    if p.norm.name == "l0":
+        return per_sample(2 * p.box.width * radius.sqrt(), direction) * direction  # enough for all that are kept
+    return p.box.width * direction
 
 
 def _outwards(p: Problem, x: Inputs, radius: PerSample) -> Inputs:

@@ -32,10 +32,10 @@ class PDPGD(Descent[PrimalDualState]):
 
     Args:
         steps: number of steps.
-        step: first rate of Adam, in widths of the box.
+        step: first rate of Adam, in widths of the box; None for 0.1 in linf, else 0.2.
         last_step: last rate as a share of the first.
         ratio: first w0 / w1.
-        dual_step: first rate of log(w1 / w0).
+        dual_step: first rate of log(w1 / w0); None for 0.2 in l1, else 0.1.
         last_dual_step: last one, as a share of the first.
         inner: most times that the proximal operator is applied.
         settled: relative change of z below which it is not applied again.
@@ -43,7 +43,7 @@ class PDPGD(Descent[PrimalDualState]):
         closing: further steps that close in; 0 for none, as in the paper.
         loss: the goal must be met where it is positive.
 
-    *Differs from the paper in*: starts at the clean input; closing in.
+    *Differs from the paper in*: starts at the clean input; rates for each norm (the paper has 0.1 for all); closing in.
 
     References:
         Matyasko & Chau 2021, arXiv:2106.01538, algorithm 2.
@@ -51,10 +51,10 @@ class PDPGD(Descent[PrimalDualState]):
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l1", "l0")
     steps: int = 500
-    step: float = 0.1
+    step: float | None = None
     last_step: float = 0.01
     ratio: float = 0.01
-    dual_step: float = 0.1
+    dual_step: float | None = None
     last_dual_step: float = 0.1
     closing: int = 10
     inner: int = 5
@@ -71,7 +71,8 @@ class PDPGD(Descent[PrimalDualState]):
     def descend(self, p: Problem, s: PrimalDualState, e: Gradient, k: int) -> PrimalDualState:
         width = p.box.width
         adam = s.adam.seen(broken(e, width))
-        rate = self.step * self.last_step ** (k / self.steps)
+        first, dual_step = self._rates(p)
+        rate = first * self.last_step ** (k / self.steps)
         scale = adam.scale(k)
         largest = scale.flatten(1).amax(1)
         x = (s.x - rate * width * adam.step(k)).clamp(p.lower, p.upper)
@@ -79,8 +80,15 @@ class PDPGD(Descent[PrimalDualState]):
         weight = s.dual.distance / s.dual.constraint.clamp_min(TINY) * rate / largest
         z = self._nearest(p, r, scale / per_sample(largest, r), weight)
         x = torch.where(z == 0, p.x0, p.x0 + z * width).clamp(p.lower, p.upper)
-        dual = s.dual.after(e, linear(k, self.steps, self.dual_step, self.dual_step * self.last_dual_step))
+        dual = s.dual.after(e, linear(k, self.steps, dual_step, dual_step * self.last_dual_step))
         return PrimalDualState(x, adam, dual)
+
+    def _rates(self, p: Problem) -> tuple[float, float]:
+        """Return the first rates of Adam and of the dual."""
+        norm = p.norm.name
+        step = (0.1 if norm == "linf" else 0.2) if self.step is None else self.step
+        dual_step = (0.2 if norm == "l1" else 0.1) if self.dual_step is None else self.dual_step
+        return step, dual_step
 
     def _nearest(self, p: Problem, r: Inputs, metric: Inputs, weight: PerSample) -> Inputs:
         """Return what the proximal operator makes of r in this metric, inside the box."""

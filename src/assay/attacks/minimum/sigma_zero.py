@@ -45,7 +45,7 @@ class SigmaZero(Descent[SigmaZeroState]):
         closing: further steps that close in; 0 for none, as in the paper.
         loss: its positive part is what success needs, so it must change sign at the boundary.
 
-    *Differs from the paper in*: targeted threats too; closing in.
+    *Differs from the paper in*: targeted threats too; a first t of 0.4, not 0.3; closing in.
 
     References:
         Cina et al. 2025, arXiv:2402.01879, algorithm 1.
@@ -56,9 +56,9 @@ class SigmaZero(Descent[SigmaZeroState]):
     step: float = 1.0
     last_step: float = 0.1
     sigma: float = 1e-3
-    threshold: float = 0.3
+    threshold: float = 0.4
     rate: float = 0.01
-    closing: int = 5
+    closing: int = 3
     loss: Loss = margin
 
     def first(self, p: Problem) -> SigmaZeroState:
