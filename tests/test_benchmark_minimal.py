@@ -107,3 +107,37 @@ def test_steps_fit_the_budget(peers: ModuleType) -> None:
 def test_starts_are_of_another_class(peers: ModuleType) -> None:
     x, y = torch.tensor([[0.0], [0.1], [0.5], [1.0]]), torch.tensor([0, 0, 1, 1])
     assert peers.nearest_other(x, y).flatten().tolist() == [0.5, 0.5, pytest.approx(0.1), pytest.approx(0.1)]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, measures: ModuleType, peers: ModuleType) -> ModuleType:
+    return load("minimal_norm", monkeypatch)
+
+
+def test_on_small_budgets_rounds_are_fewer_and_not_shorter(bench: ModuleType) -> None:
+    few, many = bench.sized("cw", 200), bench.sized("cw", 1000)
+    assert (few.steps, few.rounds) == (8, 12)
+    assert (many.steps, many.rounds) == (19, 25)
+
+
+@pytest.mark.parametrize("budget", [200, 1000])
+@pytest.mark.parametrize("name", [("cw", ""), ("fab", "targets"), ("fab", ""), ("bisect(apgd)", "")])
+def test_no_attack_of_ours_takes_more_passes_than_its_budget(
+    bench: ModuleType, name: tuple[str, str], budget: int
+) -> None:
+    net, x = nn.Linear(6, 10), torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    case = bench.Case("linear", net.requires_grad_(False), x, net(x).argmax(1), torch.ones(3, dtype=torch.bool))
+    _, forwards, backwards = bench.run_ours(case, bench.Row("l2", budget, "assay", *name))
+    assert 0 < forwards + backwards <= budget
+
+
+def test_a_table_compares_with_what_is_as_cheap_and_with_everything(bench: ModuleType, tmp_path: Path) -> None:
+    cheap = bench.Row("l2", 200, "assay", "fmn"), sizes(0.0, 0.4, 0.4)
+    dear = bench.Row("l2", 1000, "assay", "fmn"), sizes(0.0, 0.2, 0.4)
+    for found in (cheap, dear):
+        bench.save(tmp_path, found)
+    case = bench.Case("none", nn.Identity(), torch.zeros(3, 1), torch.zeros(3), torch.tensor([False, True, True]))
+    tables = dict(bench.report(case, tmp_path, {("l2", 200): [cheap], ("l2", 1000): [dear]}))
+    (first,), (second,) = tables.values()
+    assert (first.optimality, first.overall) == (1, 0)
+    assert (second.optimality, second.overall) == (1, 1)

@@ -236,6 +236,7 @@ def test_fmn_is_the_published_algorithm(norm: str) -> None:
         best = min(best, size(delta, norm)) if adversarial else best
         radius = min(most, next_radius(norm, adversarial, radius, best, c, size(delta, norm), loss, grad))
         step = radius * grad.sign() if norm == "linf" else grad / grad.norm()
+        step = 2 * math.sqrt(radius) * step if norm == "l0" else step
         delta = into_ball(x0, delta + a * step, radius, norm, stretch=math.isinf(best))
 
 
@@ -278,6 +279,19 @@ def into_ball(x0: Tensor, d: Tensor, radius: float, norm: str, *, stretch: bool)
         small = size(torch.maximum(torch.minimum(shrink[norm](t), high), low), norm) <= radius
         few, many = (t, many) if small != (norm == "l1") else (few, t)
     return torch.maximum(torch.minimum(shrink[norm](t), high), low)
+
+
+@pytest.mark.parametrize(("norm", "slack"), [("l2", 1.2), ("l1", 4)])
+@pytest.mark.parametrize("gap", [0.001, 0.1])
+def test_alma_needs_no_step_tuned_to_the_distance(norm: str, slack: float, gap: float) -> None:
+    """Its first rate follows from the linear model; one that suits the far boundary misses the near one by 3 and 7."""
+    net, x = Planes((1, 6, 6), 2), inputs((1, 6, 6))
+    y = torch.zeros(len(x), dtype=torch.long)
+    ahead = -net(x).diff(dim=1).detach()
+    net.bias.data += net.bias.new_tensor([0.0, 1.0]) * (ahead.amin() - gap)
+    exact, found = least(net, x, y, norm), ALMA(steps=60, closing=0)(net, x, y, Threat(norm)).size
+    nearest = exact.argmin()
+    assert found[nearest] < slack * exact[nearest]
 
 
 # The proximal operators, against a grid.

@@ -41,6 +41,17 @@ def test_the_least_size_of_a_linear_model_is_reached(
     assert (size >= 0.9999 * exact).all()
 
 
+def test_a_boundary_nearby_is_not_overshot_in_the_first_round() -> None:
+    """Steps fit what a linear model would need, so that eight are enough to get there and stay there."""
+    net, x = Planes((3, 8, 8), 2, seed=2), inputs((3, 8, 8))
+    net.bias.data += net.bias.new_tensor([0.0, 1.0]) * (-net(x).diff(dim=1).detach().amax() - 0.001)
+    y = labels(net, x)
+    attack, exact = CarliniWagner(steps=8, rounds=1), least(net, x, y, "l2")
+    nearest = exact.argmin()
+    assert exact[nearest] < 0.002
+    assert attack(net, x, y, Threat("l2")).size[nearest] < 2 * exact[nearest]
+
+
 @each_case
 def test_a_target_one_sample_and_double_precision_make_no_difference(attack: Runnable, norm: str, slack: float) -> None:
     net = Planes((1, 5, 4), 2, seed=2)

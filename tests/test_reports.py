@@ -51,7 +51,7 @@ def manifest_of(rows, **changes):
             "prove": None,
             "model": "ab" * 32,
             "data": "cd" * 32,
-            "stages": [{"name": "pgd-margin", "attack": {"name": "pgd", "steps": 20, "rel_step": 0.25}}],
+            "plan": {"rounds": [{"name": "pgd-margin", "attack": {"name": "pgd", "steps": 20, "rel_step": 0.25}}]},
         },
         "model": {
             "name": "toynet",
@@ -247,7 +247,7 @@ def test_whatever_comes_from_a_run_is_escaped(tmp_path):
     template = manifest_of({"index": [0], "status": ["robust"]})
     finding = {"code": evil, "severity": evil, "message": evil, "evidence": {evil: [evil]}, "remedy": evil}
     identity = {
-        "stages": [{"name": evil, "attack": {"name": evil, evil: evil}}],
+        "plan": {"rounds": [{"name": evil, "attack": {"name": evil, evil: evil}}]},
         "threat": template["identity"]["threat"] | {"text": evil, "norm": evil},
     }
     stage = {"name": evil, "entered": 40, "broken": 3, "forwards": 9}
