@@ -44,7 +44,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py
-	$(BIN)/python benchmarks/cascade.py
+	$(BIN)/python benchmarks/verdict.py --models demo
 
 clean:
 	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the two runs (default: runs/demo).")] = None,
     limit: o.Limit = 500,
     threat: o.ThreatOpt = "linf:0.3",
-    effort: Annotated[str, typer.Option(metavar="quick|standard|thorough", help="How hard to attack.")] = "standard",
+    effort: Annotated[str, typer.Option(metavar="quick|standard|thorough|reference", help="How hard to attack.")] = "standard",
     device: o.Device = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

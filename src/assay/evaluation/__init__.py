@@ -1,4 +1,4 @@
-"""The evaluation: checks, cascade, verification, and the table of what was found."""
+"""The evaluation: checks, race, verification, and the table of what was found."""
 
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.engine import evaluate

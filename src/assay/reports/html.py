@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -22,10 +22,10 @@ from assay.core.errors import RunError
 from assay.reports import text
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
-from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize
+from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize, whole
 from assay.reports.table import audited, interrupted, median_size, sentence, stopped
 from assay.runs import Run
-from assay.runs.totals import rows
+from assay.runs.totals import number, rows
 
 _MOST_CLASSES = 20
 
@@ -193,7 +193,7 @@ def _verified(claimed: int, rejected: int) -> tuple[str, str]:
 
 def _sheets(manifest: Manifest, s: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the manifest as titled lists of names and values."""
-    identity = {k: v for k, v in _items(manifest, "identity") if k not in ("threat", "stages", "model", "data")}
+    identity = {k: v for k, v in _items(manifest, "identity") if k not in ("threat", "plan", "model", "data")}
     sheets = [
         ("Model", dict(_items(manifest, "model"))),
         ("Data", {k: v for k, v in _items(manifest, "data") if k != "class_names"}),
@@ -224,6 +224,14 @@ def _moment(value: Any) -> str | None:
 
 
 def _attacks(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the stages of the cascade with their parameters."""
-    found = rows(dig(manifest, "identity", "stages"))
-    return [(str(stage.get("name", "?")), text.call(stage.get("attack") or {})) for stage in found]
+    """Return the rounds of the race, and those of its audit, with their parameters."""
+    plan = dig(manifest, "identity", "plan")
+    found = [r for part in ("rounds", "ladder") for r in rows(dig(plan, part))]
+    return [(str(r.get("name", "?")), text.call(r.get("attack") or {}) + _terms(r)) for r in found]
+
+
+def _terms(part: Mapping[str, Any]) -> str:
+    """Say on which samples a round is run, and how often."""
+    share, repeat = number(part.get("share")), whole(part.get("repeat"))
+    nearest = "" if share is None or share >= 1 else f", the nearest {text.percent(share)}"
+    return nearest + (f", up to {repeat} times" if repeat is not None and repeat > 1 else "")

@@ -27,7 +27,7 @@ class Rate:
 @final
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one stage of the cascade did; ``left`` is the share of all samples that are right after it."""
+    """What one stage of the race did; ``left`` is the share of all samples that are right after it."""
 
     name: str
     entered: int | None
