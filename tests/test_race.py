@@ -305,3 +305,34 @@ def test_at_the_eps_of_a_list_what_fell_is_attacked_again(digits):
 def test_an_eps_beyond_the_threat_is_refused(digits):
     with pytest.raises(AssayError, match="largest of them"):
         run(digits, eps_list=[0.1, 0.4])
+
+
+class Guarded(nn.Module):
+    """A network with a guard: images that are rougher than most are rejected, by a last logit."""
+
+    def __init__(self, net, strictness, most):
+        super().__init__()
+        self.net, self.strictness, self.most = net, strictness, most
+
+    def forward(self, x):
+        z = self.net(x)
+        noise = (x[:, :, 1:] - x[:, :, :-1]).abs().mean((1, 2, 3), keepdim=False)
+        return torch.cat([z, (z.amax(1) + self.strictness * (noise - self.most))[:, None]], 1)
+
+
+def test_a_model_that_rejects_is_fooled_only_where_it_accepts_a_wrong_class(digits):
+    """The guard sees ordinary attacks; attacks that know it get past it, and what only it stops is not counted."""
+    _, data = digits
+    net = assay.load_model("demo:mnist-plain").net
+    x = data.batch(range(120))
+    most = float((x[:, :, 1:] - x[:, :, :-1]).abs().mean((1, 2, 3)).quantile(0.9))
+    guarded = assay.Model(Guarded(net, 300.0, most), rejects=True)
+    e = assay.evaluate(guarded, data, "linf:0.15", "quick", progress=False)
+    assert 0.5 < e.clean_accuracy < 1  # some clean digits are rejected, and count as wrong
+    assert e.robust_accuracy < 0.5 * e.clean_accuracy
+    for part in e.run.adversarials():
+        guess = guarded(torch.from_numpy(part["x"])).argmax(1)
+        assert (guess != 10).all()
+        assert (guess.numpy() != part["label"]).all()
+    as_a_class = assay.evaluate(Guarded(net, 300.0, most), data, "linf:0.15", "quick", progress=False)
+    assert as_a_class.robust_accuracy <= e.robust_accuracy  # to be rejected would count as broken

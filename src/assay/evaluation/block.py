@@ -113,7 +113,8 @@ class _Block:
         everyone = torch.arange(len(self.index))
         with self.clock.stage("clean", "clean", len(everyone)) as stage:
             parts = everyone.split(self.job.batch)  # type: ignore[no-untyped-call]
-            self.clean = torch.cat([self.clock.door.logits(*self._there(self.x[at], at)).cpu() for at in parts])
+            there = (self._there(self.x[at], at) for at in parts)
+            self.clean = torch.cat([self.clock.door.logits(x, rows).cpu() for x, rows in there])
             right = self.clean.argmax(1) == self.y
             stage["broken"] += int((~right).sum())
         self.race = self._line_up(self.job.plan.rounds, right)
@@ -128,7 +129,8 @@ class _Block:
         self.audit = self._line_up(self.job.plan.ladder, chosen)
 
     def _line_up(self, rounds: tuple[Round, ...], entered: Mask) -> Race:
-        return Race.start(rounds, self.x, self.clean, self.y, entered, Draws.of(self.job.seed, self.index))
+        clean = self.job.model.joint(self.clean, Goal(self.y))
+        return Race.start(rounds, self.x, clean, self.y, entered, Draws.of(self.job.seed, self.index))
 
     def _compete(self, race: Race, rounds: tuple[Round, ...], first: int, most: int | None = None) -> None:
         """Run the rounds of a race; the numbers under which they are known begin with ``first``."""
@@ -189,13 +191,13 @@ class _Block:
         at = (left & truth.allows(x)).nonzero()[:, 0]
         if not len(at):
             return truth.clean_logits
-        z = self.clock.door.logits(x[at], truth.rows[at])
+        z = self.clock.door.logits(x[at], truth.rows[at], truth.goal.take(at))
         return truth.clean_logits.index_copy(0, at, z.to(truth.clean_logits.dtype))
 
     def _pose(self, ids: Labels) -> Problem:
         x, y, rows, clean = self._there(self.x[ids], self.y[ids], ids, self.clean[ids])
         draws = Draws.of(self.job.seed, self.index[ids].to(x.device))
-        return replace(Problem.pose(x, y, self.threat, draws, rows), clean_logits=clean)
+        return replace(Problem.pose(x, y, self.threat, draws, rows), clean_logits=self.job.model.joint(clean, Goal(y)))
 
     def _there(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Return copies on the model's device."""
@@ -346,12 +348,12 @@ def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:
 
     Each accepted point is the stored one, asked about in a fresh pass; so the result is as verified as x was.
     """
-    best, z = x, door.logits(x, p.rows)
+    best, z = x, door.logits(x, p.rows, p.goal)
     near, far = p.full(0.0), p.full(1.0)
     for _ in range(SHRINK_PASSES):
         middle = (near + far) / 2
         point = p.snap((p.x0 + per_sample(middle, x) * (x - p.x0)).clamp(p.lower, p.upper))
-        logits = door.logits(point, p.rows)
+        logits = door.logits(point, p.rows, p.goal)
         holds = p.goal.clearly_reached(logits) & p.allows(point)
         best, z = choose(holds, point, best), choose(holds, logits, z)
         near, far = torch.where(holds, near, middle), torch.where(holds, middle, far)
@@ -362,4 +364,4 @@ def _after_rounding(door: Door, p: Problem, x: Inputs) -> int:
     """Count the adversarial inputs that still fool when saved as 8-bit images."""
     lo, width = p.box.lo, p.box.width
     levels = ((x - lo) / width * 255).round() / 255 * width + lo
-    return int(p.goal.reached(door.logits(levels, p.rows)).sum())
+    return int(p.goal.reached(door.logits(levels, p.rows, p.goal)).sum())

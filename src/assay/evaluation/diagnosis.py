@@ -169,7 +169,7 @@ def _broken(door: Door, p: Problem, points: Iterator[Inputs]) -> int:
     """Count the samples that at least one of the points fools, on the network as it is."""
     fooled = torch.zeros_like(p.rows, dtype=torch.bool)
     for x in points:
-        fooled |= p.goal.clearly_reached(door.logits(x, p.rows)) & p.allows(x)
+        fooled |= p.goal.clearly_reached(door.logits(x, p.rows, p.goal)) & p.allows(x)
     return int(fooled.sum())
 
 

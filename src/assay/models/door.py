@@ -134,20 +134,25 @@ class Door:
         can = (self.forwards + self.backwards)[rows] + cost * each <= self._limit
         return None if can.all() else can
 
-    def logits(self, x: Inputs, rows: Rows) -> Logits:
-        """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,)."""
-        return self._ask(self.live, x, rows, self.live.model.deciding)
+    def logits(self, x: Inputs, rows: Rows, goal: Goal | None = None) -> Logits:
+        """Return the logits (b, c) of x (b, *f), counted for the samples ``rows`` (b,); with a goal, joint ones.
+
+        See :meth:`assay.Model.joint`. All other questions are answered by joint logits.
+        """
+        z = self._ask(self.live, x, rows, self.live.model.deciding)
+        return z if goal is None else self.live.model.joint(z, goal)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
         can = self.affords(p.rows, 1, self.live.model.deciding)
         z = self.logits(x, p.rows)
         self._check_labels(p.goal, z)
-        reached = p.goal.reached(z)
+        reached = p.goal.reached(self.live.model.joint(z, p.goal))
         return Decision(reached if can is None else reached & can, z.argmax(1))
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
         z = self._ask(self.live.search, x, p.rows, self.live.model.samples)
         self._check_labels(p.goal, z)
+        z = self.live.model.joint(z, p.goal)
         return Score(p.goal.clearly_reached(z), loss(z, p.goal).to(x.dtype), z)
 
     def _ask(self, net: Net, x: Inputs, rows: Rows, samples: int) -> Logits:
@@ -208,6 +213,7 @@ class Door:
             seen = x if through is None else through(x, every).detach()
             z = self._ask(self.live.search, seen, p.rows, self.live.model.samples)
             self._check_labels(p.goal, z)
+            z = self.live.model.joint(z, p.goal)
             return z, measure(z, p.goal)
 
         def along(u: Inputs) -> Tensor:
@@ -236,6 +242,7 @@ class Door:
             seen = torch.cat([own, own[:1].detach().expand(len(x) - n, *own.shape[1:])])
         z = self._forward(self.live.search, seen, rows)
         self._check_labels(goal, z)
+        z = self.live.model.joint(z, goal)
         values = measure(z, goal)
         m = values.shape[1]
         if not values.requires_grad:

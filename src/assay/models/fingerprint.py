@@ -24,7 +24,7 @@ def fingerprint(model: Model) -> str:
     """
     digest = hashlib.sha256()
     normalisation = [None if v is None else _numbers(v) for v in (model.mean, model.std)]
-    settings = (model.domain.lo, model.domain.hi, normalisation, model.samples, model.probabilities)
+    settings = (model.domain.lo, model.domain.hi, normalisation, model.samples, model.probabilities, model.rejects)
     digest.update(repr(settings).encode())
     for piece in _pieces(model.net, set()):
         digest.update(len(piece).to_bytes(8, "little"))

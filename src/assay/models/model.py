@@ -13,6 +13,7 @@ from assay.core.types import Inputs, Logits
 from assay.models.patches import Patch, find_patches, patched
 from assay.models.repairs import Float64, Repair, opened
 from assay.models.repairs.float64 import log_of
+from assay.threats.problem import Goal
 from assay.threats.threat import Box
 
 Net: TypeAlias = Callable[[Tensor], Any]
@@ -64,6 +65,8 @@ class Model:
         samples: how many random passes are averaged for one answer (for networks that are random by design).
         judged: how many are averaged where an answer decides whether a claim holds; 0 for ``samples``.
         probabilities: the net returns probabilities; their logarithm is used as logits.
+        rejects: the last logit stands for "rejected", as of a detector. To be fooled, such a model must accept a wrong
+            class; a clean input that it rejects counts as wrong.
         rows: the most rows a call of the net may have; None for no limit.
         fixed_rows: the net takes batches of exactly ``rows`` rows; shorter ones are filled up.
         memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs while searching.
@@ -83,6 +86,7 @@ class Model:
     samples: int = 1
     judged: int = 0
     probabilities: bool = False
+    rejects: bool = False
     rows: int | None = None
     fixed_rows: bool = False
     memory_format: torch.memory_format | str = "auto"
@@ -114,6 +118,19 @@ class Model:
     def deciding(self) -> int:
         """The random passes averaged for an answer that decides."""
         return self.judged or self.samples
+
+    def joint(self, z: Logits, goal: Goal) -> Logits:
+        """Return logits by which a model that ``rejects`` meets a goal exactly where it accepts a wrong class.
+
+        To reject is then as good as the label: the larger of the two stands for the label, and nothing for rejection.
+        So every loss is the joint objective of classifier and detector (Carlini & Wagner 2017, arXiv:1705.07263,
+        sec. 4.4). Where a class is wanted, it must beat the rejection as it must beat all others.
+        """
+        if not self.rejects or goal.label is None:
+            return z
+        own = torch.maximum(z.gather(1, goal.label[:, None]), z[:, -1:])
+        nothing = z.detach().amin(1, keepdim=True) - 1
+        return torch.cat([z.scatter(1, goal.label[:, None], own)[:, :-1], nothing], 1)
 
     @property
     def wide(self) -> bool:

@@ -128,7 +128,7 @@ class Problem:
         return replace(self, warm=self.project(x))
 
     def along(self, weights: Tensor) -> "Problem":
-        """Return the problem with ``weights`` in its goal: a direction in output space (b, c) for the loss ``along``."""
+        """Return the problem with ``weights`` in its goal: for the loss ``along`` a direction (b, c)."""
         return replace(self, goal=replace(self.goal, weights=weights))
 
     def full(self, value: float) -> PerSample:

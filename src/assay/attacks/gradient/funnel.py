@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
-
 from assay.attacks.gradient.pgd import climb
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
