@@ -680,6 +680,7 @@ def test_an_attack_is_written_as_plain_data() -> None:
             {
                 "name": "Targets",
                 "count": 3,
+                "among": 0,
                 "attack": {"name": "apgd", "steps": 100, "rho": 0.75, "momentum": 0.75, "wide": True, "loss": "dlr"},
             },
         ],

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import assay
 from assay.cli.app import app
+from assay.evaluation import course
 from assay.runs import Run
 
 NETS = """from assay.models.demo.nets import mnist_cnn
@@ -142,7 +143,8 @@ def test_9_a_read_only_output_folder(place):
     assert "Choose another --out" in said
 
 
-def test_10_a_full_disk_keeps_what_is_stored_and_the_run_goes_on_elsewhere(place):
+def test_10_a_full_disk_keeps_what_is_stored_and_the_run_goes_on_elsewhere(place, monkeypatch):
+    monkeypatch.setattr(course, "BLOCK", 8)
     options = ("--limit", 64, "--batch-size", 8)
     with small_disk(place / "disk", "size=80k"):
         said = evaluate(place, "demo:mnist-plain", "demo:mnist", *options, "--out", "disk/run", code=3)

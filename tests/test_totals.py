@@ -40,10 +40,20 @@ def stage(name, entered, broken):
     return {"name": name, "entered": entered, "broken": broken, "forwards": 5, "backwards": 4, "seconds": 0.25}
 
 
+def last(entered, broken):
+    return {"entered": entered, "broken": broken}
+
+
 TALLIES = [
-    {"stages": [stage("clean", 3, 1)], "claimed": 0, "rejected": 0, "survive_8bit": 0, "seconds": 0.25},
     {
-        "stages": [stage("clean", 3, 0), stage("pgd", 3, 2)],
+        "stages": [stage("clean", 3, 1) | {"kind": "clean"}],
+        "claimed": 0,
+        "rejected": 0,
+        "survive_8bit": 0,
+        "seconds": 0.25,
+    },
+    {
+        "stages": [stage("clean", 3, 0), stage("pgd", 3, 2) | {"kind": "ce", "last": last(1, 0)}],
         "claimed": 3,
         "rejected": 1,
         "survive_8bit": 2,
@@ -76,8 +86,9 @@ def test_the_totals_are_the_counts_of_the_table_and_the_sums_of_the_tallies():
             {"class": 7, "name": "7", "n": 2, "clean": 1.0, "robust": 0.5},
         ],
         "stages": [
-            {"name": "clean", "entered": 6, "broken": 1, "forwards": 10, "backwards": 8, "seconds": 0.5},
-            {"name": "pgd", "entered": 3, "broken": 2, "forwards": 5, "backwards": 4, "seconds": 0.25},
+            stage("clean", 6, 1)
+            | {"kind": "clean", "forwards": 10, "backwards": 8, "seconds": 0.5, "last": last(6, 1)},
+            stage("pgd", 3, 2) | {"kind": "ce", "last": last(1, 0)},
         ],
     }
 
@@ -106,7 +117,7 @@ def test_what_no_tally_tells_is_not_known():
     found = count(table(), [{}, None, {"claimed": 2, "rejected": "none", "stages": [{"name": "pgd"}, 3]}])
     assert (found["claimed"], found["rejected"], found["seconds"]) == (2, None, None)
     nothing = dict.fromkeys(("entered", "broken", "forwards", "backwards", "seconds"))
-    assert found["stages"] == [{"name": "pgd"} | nothing]
+    assert found["stages"] == [{"name": "pgd", "kind": None, "last": last(None, None)} | nothing]
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])

@@ -230,8 +230,8 @@ def test_a_best_point_of_a_later_query_is_caught(monkeypatch: pytest.MonkeyPatch
 def test_a_pass_that_the_door_forgets_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Door._count
 
-    def forget(self: Door, rows: Tensor, backwards: int) -> None:
-        honest(self, rows[1:], backwards)
+    def forget(self: Door, rows: Tensor, *passes: int) -> None:
+        honest(self, rows[1:], *passes)
 
     monkeypatch.setattr(Door, "_count", forget)
     with pytest.raises(AssertionError, match="every forward pass is counted"):
@@ -249,6 +249,6 @@ def test_a_reach_of_targets_that_counts_leaving_the_label_is_caught(monkeypatch:
 
 
 def test_a_door_that_forgets_the_budget_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "affords", lambda self, rows, cost: None)  # noqa: ARG005
+    monkeypatch.setattr(Door, "affords", lambda *_: None)
     with pytest.raises(AssertionError, match="no sample costs more than it may"):
         check_attack(PGD(steps=20), norms=("linf",))

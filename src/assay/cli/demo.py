@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from assay.cli import options as o
+from assay.cli.evaluate import EffortOpt
 
 MODELS = ("mnist-plain", "mnist-robust")
 USUAL = (500, "linf:0.3", "standard")
@@ -17,7 +18,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the two runs (default: runs/demo).")] = None,
     limit: o.Limit = 500,
     threat: o.ThreatOpt = "linf:0.3",
-    effort: Annotated[str, typer.Option(metavar="quick|standard|thorough|reference", help="How hard to attack.")] = "standard",
+    effort: EffortOpt = "standard",
     device: o.Device = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

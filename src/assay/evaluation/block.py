@@ -19,7 +19,7 @@ from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, choose, per_sample
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
-from assay.evaluation.race import Plan, Race, Round
+from assay.evaluation.race import FALLEN, HOT, Plan, Race, Round, passes_of
 from assay.models import Door, Live, Model
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
@@ -135,20 +135,25 @@ class _Block:
     def _compete(self, race: Race, rounds: tuple[Round, ...], first: int, most: int | None = None) -> None:
         """Run the rounds of a race; the numbers under which they are known begin with ``first``."""
         while time.monotonic() < self.deadline:
-            # Between blocks only: where batches end must not matter.
-            if most is not None and not len(race.waiting) and self._spent() > most:
-                return
+            begins = not len(race.waiting)
             if (now := race.next(rounds, self.job.batch)) is None:
                 return
+            # Between blocks only: where batches end must not matter.
+            if most is not None and begins and not race.trials and self._too_dear(race, now[0], most):
+                race.pass_over()
+                continue
             self._attack(race, *now, first)
             if race is self.race or race is self.audit:
                 self.journal.save(self._state)
         self.bounded = "max-seconds"
 
-    def _spent(self) -> float:
-        """Return the passes so far, on average over the samples that are right."""
-        passes = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
-        return passes / max(1, int((self.clean.argmax(1) == self.y).sum()))
+    def _too_dear(self, race: Race, part: Round, most: int) -> bool:
+        """Tell whether the block that begins could cost more than the race may."""
+        spent = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
+        standing, right = int(race.standing.sum()), int((self.clean.argmax(1) == self.y).sum())
+        cost = race.given * passes_of(part.attack) * self.job.model.samples
+        granted = most * standing + FALLEN * (right - standing)
+        return not part.opener and race.yielded < HOT and spent + cost > granted * self.job.model.samples
 
     def _attack(self, race: Race, part: Round, ids: Labels, first: int) -> None:
         """Run one round on some samples; only claims that verification confirms count as fallen."""

@@ -47,6 +47,22 @@ BLACK_BOX: Final = 0.01
 OVERFIT: Final = 0.8
 """Share of the probe by which many steps may be ahead of one."""
 
+MASKING: Final = frozenset(
+    {
+        "exploding-gradient",
+        "flat-in-eps",
+        "loss-disagreement",
+        "no-gradient",
+        "noise-as-strong",
+        "shattered-gradient",
+        "single-step-overfit",
+        "single-step-stronger",
+        "unbounded-attack-fails",
+        "zero-gradient",
+    }
+)
+"""Findings after which a search by scores joins the race, on all samples that stand."""
+
 _NOISE = 5
 _SUPPORT = 0.05
 

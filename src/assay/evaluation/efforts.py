@@ -19,9 +19,8 @@ from assay.attacks import (
     Square,
     Targets,
 )
-from assay.attacks.loop import StepAttack
 from assay.core.errors import ThreatError
-from assay.evaluation.race import Plan, Round
+from assay.evaluation.race import Plan, Round, passes_of
 from assay.models.door import Loss
 from assay.threats import Threat
 
@@ -32,11 +31,12 @@ NORMS: Final = ("linf", "l2", "l1", "l0")
 _CE, _MARGIN, _DLR = LOSSES["tempered-ce"], LOSSES["margin"], LOSSES["dlr"]
 
 
-def plan_for(effort: str, threat: Threat, blind: float = 0.0) -> Plan:
+def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, masked: bool = False) -> Plan:
     """Return the rounds of an effort for a threat; without an eps, one that searches for the smallest perturbation.
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
-    gets a larger budget; where there are no others, it is alone.
+    is run on all that stand; where there are no others, it is alone. Likewise where gradients are ``masked``, with no
+    limit to what the race may cost.
 
     Raises:
         ThreatError: a norm that no rounds exist for.
@@ -44,18 +44,20 @@ def plan_for(effort: str, threat: Threat, blind: float = 0.0) -> Plan:
     norm = threat.norm.name
     if norm not in NORMS:
         raise ThreatError(f"one of {', '.join(NORMS)} to evaluate", norm, "Attacks for other norms come later.")
-    scores = (_square(_BLIND_QUERIES[effort]),) if blind and norm in Square.norms else ()
+    hidden = (blind or masked) and norm in Square.norms
+    scores = (Round("square", "scores", _square_climb(_HIDDEN_QUERIES[effort])),) if hidden else ()
     tighten = (*_tighten(norm),)
     if threat.eps is None:
         search = Inward(steps=_STEPS[effort]), _SECOND[norm](steps=_STEPS[effort] // 4)
-        parts = search + tuple(Bisect(s.attack) for s in scores)
+        parts = search + tuple(Bisect(Square(steps=_HIDDEN_QUERIES[effort] // 2)) for _ in scores)
         return Plan((Round("smallest", "outside", Cascade(parts)),), tighten=tighten)
     if blind == 1 and scores:
-        return Plan(scores, tighten=scores)
+        alone = (_square(_HIDDEN_QUERIES[effort]),)
+        return Plan(alone, tighten=alone)
     if effort == "reference":
         return Plan((*_ensemble(norm, full=True),), tighten=tighten)
     rounds = (*(_sparse(effort) if norm == "l0" else _ROUNDS[effort](norm)), *scores)
-    ladder, most = (*_ensemble(norm), _BEYOND), _MOST[effort]
+    ladder, most = (*_ensemble(norm), _BEYOND), None if hidden else _MOST[effort]
     audit = _AUDIT if effort == "thorough" else 0.0
     return Plan(rounds, most, ladder if audit else (), audit, tighten)
 
@@ -157,7 +159,7 @@ _BEYOND: Final = Round("audit-inward", "outside", Inward(steps=500))
 _ROUNDS: Final = {"quick": _quick, "standard": _standard, "thorough": _thorough}
 
 _MOST: Final = {"quick": 80, "standard": 400, "thorough": 900}
-"""Passes, on average over the samples that are right, after which a race begins nothing new."""
+"""Passes that a race may cost for each sample that stands: less than a twentieth of the ensemble's, for standard."""
 
 _AUDIT: Final = 0.04
 """Share of the survivors that the thorough effort audits."""
@@ -168,7 +170,8 @@ _STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500, "reference": 15
 _SECOND: Final[dict[str, Any]] = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": SigmaZero}
 """The attack that is best where walks from outside are of no use: on networks without hardening."""
 
-_BLIND_QUERIES: Final = {"quick": 500, "standard": 2500, "thorough": 10_000, "reference": 5000}
+_HIDDEN_QUERIES: Final = {"quick": 500, "standard": 5000, "thorough": 20_000, "reference": 5000}
+"""Queries of the search by scores where gradients do not tell."""
 
 
 def budget(effort: str, threat: Threat) -> tuple[int, int]:
@@ -177,23 +180,8 @@ def budget(effort: str, threat: Threat) -> tuple[int, int]:
     As a rule every round has one turn and goes no further than its share; at most every turn reaches every sample.
     """
     plan = plan_for(effort, threat)
-    usual = sum(r.share * _passes(r.attack) for r in plan.rounds) + 2
-    most = sum(r.repeat * _passes(r.attack) for r in plan.rounds) + 2
-    audit = plan.audit * sum(_passes(r.attack) for r in plan.ladder)
+    usual = sum(r.share * passes_of(r.attack) for r in plan.rounds) + 2
+    most = sum(r.repeat * passes_of(r.attack) for r in plan.rounds) + 2
+    audit = plan.audit * sum(passes_of(r.attack) for r in plan.ladder)
     most = min(most, plan.most) if plan.most else most
     return round(usual + audit), round(most + audit)
-
-
-def _passes(attack: Runnable) -> int:
-    """Return the passes of a sample that withstands an attack."""
-    match attack:
-        case Targets():
-            return attack.count * _passes(attack.attack)
-        case Cascade() | Chain():
-            return sum(map(_passes, attack.attacks))
-        case Bisect():
-            return attack.rounds * _passes(attack.attack)
-        case StepAttack():
-            return sum(attack.cost(k) for k in range(attack.questions + 1))
-        case _:
-            raise NotImplementedError(f"the cost of {type(attack).__name__} is not known")

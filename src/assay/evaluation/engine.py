@@ -22,7 +22,7 @@ from assay.core.registry import UsageError, closest
 from assay.data import load_data
 from assay.evaluation.block import BATCH, Job, run_block
 from assay.evaluation.course import Course
-from assay.evaluation.diagnosis import probe
+from assay.evaluation.diagnosis import MASKING, probe
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.preflight import check_data, check_model
@@ -98,7 +98,7 @@ def evaluate(
     checked = check_model(model, data, threat, device)
     probed = None if effort == "quick" else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
-    plan = plan_for(effort, threat, checked.blind)
+    plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
     job = Job(checked.model, data, threat, plan, seed, device, batch_size or BATCH, max_passes, course.within(threat))
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None

@@ -1,5 +1,6 @@
 """What keeps a race that is under way: one file, replaced as a whole: a kill at any moment leaves a valid one."""
 
+import contextlib
 import json
 import os
 import time
@@ -27,11 +28,15 @@ class Journal:
         if self.path is None or not (now or time.monotonic() >= self._next):
             return
         begin = time.monotonic()
-        self.path.parent.mkdir(exist_ok=True)
         temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
-        with temporary.open("wb") as f:
-            np.savez(f, **state())  # type: ignore[arg-type]
-        temporary.replace(self.path)
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with temporary.open("wb") as f:
+                np.savez(f, **state())  # type: ignore[arg-type]
+            temporary.replace(self.path)
+        except OSError:  # a full disk, say: storing the block will report it
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         end = time.monotonic()
         self._next = end + max(_SECONDS, 20 * (end - begin))
 

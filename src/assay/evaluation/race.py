@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.attacks import Runnable, describe_attack
+from assay.attacks import Bisect, Cascade, Chain, Runnable, Targets, describe_attack
+from assay.attacks.loop import StepAttack
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample
 
@@ -28,6 +29,12 @@ TRIAL: Final = 16
 
 CLEAR: Final = 0.5
 """Where the best opener breaks this share of its group, others that break less than a quarter of that are left out."""
+
+FALLEN: Final = 12
+"""Passes that are granted for a sample that has fallen; most fall within a few steps."""
+
+HOT: Final = 0.1
+"""A share of a block, or of a turn, whose fall shows that going on is worth what it costs."""
 
 
 @final
@@ -66,8 +73,9 @@ class Round:
 class Plan:
     """Rounds, and after them the ``ladder``, all of it, for a random ``audit`` share of the survivors.
 
-    Once the race has cost ``most`` passes, on average over the samples that entered it, nothing new begins (None: no
-    limit). Where the robust accuracy at smaller eps is wanted, too, the rounds ``tighten`` are run at each of them.
+    A block of samples is passed over if it could make the race cost more than ``most`` passes for each sample that
+    stands and ``FALLEN`` for each that fell (None: no limit); but not an opener, nor what follows a block or a turn of
+    which ``HOT`` fell. Where the robust accuracy at smaller eps is wanted, too, ``tighten`` is run at each of them.
     """
 
     rounds: tuple[Round, ...]
@@ -108,7 +116,9 @@ class Race:
     size: int = 0  # of the blocks of this turn
     given: int = 0  # samples in the block
     fell: int = 0  # of the block
+    given_in_turn: int = 0
     fell_in_turn: int = 0
+    yielded: float = 0.0  # share of the last block that fell, or, where a turn ended with it, of that turn
 
     @classmethod
     def start(
@@ -146,7 +156,13 @@ class Race:
 
         def read(name: str, kind: Any) -> Any:
             v = arrays[prefix + name]
-            return int(v) if kind is int else v.tolist() if kind in (list[int], list[float]) else torch.from_numpy(v)
+            return (
+                v.item()
+                if kind in (int, float)
+                else v.tolist()
+                if kind in (list[int], list[float])
+                else torch.from_numpy(v)
+            )
 
         return cls(**{f.name: read(f.name, f.type) for f in fields(cls)})
 
@@ -158,6 +174,12 @@ class Race:
             self._advance(rounds[self.order[self.leg]], rounds)
         ids, self.waiting = self.waiting[:most], self.waiting[most:]
         return rounds[self.order[self.leg]], ids
+
+    def pass_over(self) -> None:
+        """Leave the block that was just given, and the rest of its round."""
+        self.waiting = self.waiting[:0]
+        self.leg += 1
+        self._end(0)
 
     def settle(self, ids: Labels, fell: Mask, logits: Logits, labels: Labels, x: Inputs) -> None:
         """Take note of what a round did to the samples ``ids`` (k,): who fell, and the logits at the best points x."""
@@ -218,17 +240,37 @@ class Race:
         return bool(self.given)
 
     def _give(self, ids: Labels) -> None:
+        if self.given:
+            self.yielded = self.fell / self.given
         self.waiting, self.given, self.fell = ids, len(ids), 0
+        self.given_in_turn += len(ids)
         self.seen[ids] = True
 
     def _end(self, turn: int) -> None:
+        if self.given_in_turn:
+            self.yielded = self.fell_in_turn / self.given_in_turn
         self.turn, self.turns = turn, self.turns + 1
-        self.given = self.fell = self.fell_in_turn = 0
+        self.given = self.fell = self.given_in_turn = self.fell_in_turn = 0
         self.seen = torch.zeros_like(self.seen)
 
 
 _LOTS = 11
 """Names the random numbers that say on which samples openers are tried."""
+
+
+def passes_of(attack: Runnable) -> int:
+    """Return the forward and backward passes of a sample that withstands an attack."""
+    match attack:
+        case Targets():
+            return attack.count * passes_of(attack.attack)
+        case Cascade() | Chain():
+            return sum(map(passes_of, attack.attacks))
+        case Bisect():
+            return attack.rounds * passes_of(attack.attack)
+        case StepAttack():
+            return sum(attack.cost(k) for k in range(attack.questions + 1))
+        case _:
+            raise NotImplementedError(f"the cost of {type(attack).__name__} is not known")
 
 
 def margins(logits: Logits, labels: Labels) -> Tensor:
