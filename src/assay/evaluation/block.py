@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from assay.threats.problem import exact_size
 SHRINK_PASSES = 6
 """Halvings of the way from the clean input to an adversarial one, to find a smaller one."""
 
-BATCH: Final = 128
-"""Samples that are attacked together by default."""
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Job:
     plan: Plan
     seed: int
     device: torch.device | str | None
-    batch: int = BATCH
+    batch: int = 128
     max_passes: int | None = None
     levels: tuple[float, ...] = ()
 

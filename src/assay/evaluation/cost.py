@@ -16,6 +16,7 @@ from assay.core.registry import one_of
 from assay.data import Data
 from assay.evaluation.preflight import check_data, check_model
 from assay.models import Door, Live, Model
+from assay.models.door import default_batch
 from assay.threats import Problem, Threat
 
 _SECONDS: Final = 0.4
@@ -90,7 +91,7 @@ def estimate(
     """
     typical, most = budget or _budget(effort, threat)
     data = data.scaled(model.domain.lo, model.domain.hi)
-    batch = min(batch_size or _batch(), len(data))
+    batch = min(batch_size or default_batch(data.shape, device), len(data))
     first = data.head(batch)
     check_data(first, model.domain)
     threat = threat.within(model.domain, math.prod(first.shape))
@@ -121,12 +122,6 @@ def _budget(effort: str, threat: Threat) -> tuple[int, int]:
 
     typical, most = budget(effort, threat)
     return typical, most
-
-
-def _batch() -> int:
-    from assay.evaluation.block import BATCH
-
-    return BATCH
 
 
 def _bounded(threat: Threat, data: Data) -> Threat:

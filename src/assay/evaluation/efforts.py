@@ -158,10 +158,10 @@ _BEYOND: Final = Round("audit-inward", "outside", Inward(steps=500))
 
 _ROUNDS: Final = {"quick": _quick, "standard": _standard, "thorough": _thorough}
 
-_MOST: Final = {"quick": 80, "standard": 400, "thorough": 900}
+_MOST: Final = {"quick": 80, "standard": 400, "thorough": 650}
 """Passes that a race may cost for each sample that stands: less than a twentieth of the ensemble's, for standard."""
 
-_AUDIT: Final = 0.04
+_AUDIT: Final = 0.03
 """Share of the survivors that the thorough effort audits."""
 
 _STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500, "reference": 1500}

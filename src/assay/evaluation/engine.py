@@ -20,7 +20,7 @@ from assay.core.executor import Executor, serial
 from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, closest
 from assay.data import load_data
-from assay.evaluation.block import BATCH, Job, run_block
+from assay.evaluation.block import Job, run_block
 from assay.evaluation.course import Course
 from assay.evaluation.diagnosis import MASKING, probe
 from assay.evaluation.efforts import EFFORTS, plan_for
@@ -28,6 +28,7 @@ from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.preflight import check_data, check_model
 from assay.evaluation.result import Evaluation
 from assay.models import Model
+from assay.models.door import default_batch
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
@@ -99,7 +100,8 @@ def evaluate(
     probed = None if effort == "quick" else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
-    job = Job(checked.model, data, threat, plan, seed, device, batch_size or BATCH, max_passes, course.within(threat))
+    batch = batch_size or default_batch(data.shape, device)
+    job = Job(checked.model, data, threat, plan, seed, device, batch, max_passes, course.within(threat))
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
     passing = None if out is not None else mkdtemp(prefix="assay-")

@@ -1,10 +1,11 @@
 """The only door between an attack and a model: it counts, differentiates, checks, splits, and leaves no trace."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, final
+from typing import Final, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -29,6 +30,17 @@ Measure: TypeAlias = Callable[[Logits, Goal], Tensor]
 
 Through: TypeAlias = Callable[[Inputs, Rows], Inputs]
 """A differentiable step before the model: from points (r, *f) and their positions in the batch to points (r, *f)."""
+
+
+_VALUES: Final = {"cpu": 2**21, "cuda": 2**25}
+"""Input values in one call, by device: what a network keeps for its gradient is hundreds of times as many."""
+
+
+def default_batch(shape: Sequence[int], device: torch.device | str | None) -> int:
+    """Return how many samples of a shape are asked about together by default: fewer, where they are large."""
+    kind = torch.device(device or "cpu").type
+    fits = _VALUES.get(kind, _VALUES["cpu"]) // math.prod(shape)
+    return max(PAD, min(fits, 128 if kind == "cpu" else 1024) // PAD * PAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +274,9 @@ class Door:
         """Ask about x in pieces of at most ``rows`` rows, each filled up; in smaller ones when memory runs out."""
         parts: list[tuple[Tensor, ...]] = []
         start = 0
+        most = max(PAD, _VALUES.get(x.device.type, _VALUES["cpu"]) // x[0].numel() // PAD * PAD)
         while start < len(x):
-            stop = min(len(x), start + (self._rows or len(x)))
+            stop = min(len(x), start + (self._rows or most))
             try:
                 answers = ask(self._fill(x[start:stop]), slice(start, stop))
             except AssayError:
