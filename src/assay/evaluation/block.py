@@ -19,7 +19,7 @@ from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, choose, per_sample
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
-from assay.evaluation.race import FALLEN, HOT, Plan, Race, Round, passes_of
+from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, passes_of
 from assay.models import Door, Live, Model
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
@@ -148,9 +148,9 @@ class _Block:
         """Tell whether the block that begins could cost more than the race may."""
         spent = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
         standing, right = int(race.standing.sum()), int((self.clean.argmax(1) == self.y).sum())
-        cost = race.given * passes_of(part.attack) * self.job.model.samples
-        granted = most * standing + FALLEN * (right - standing)
-        return not part.opener and race.yielded < HOT and spent + cost > granted * self.job.model.samples
+        cost, granted = race.given * passes_of(part.attack), most * standing + FALLEN * (right - standing)
+        free = part.opener or race.yielded >= HOT or cost <= CHEAP * right
+        return not free and spent / self.job.model.samples + cost > granted
 
     def _attack(self, race: Race, part: Round, ids: Labels, first: int) -> None:
         """Run one round on some samples; only claims that verification confirms count as fallen."""

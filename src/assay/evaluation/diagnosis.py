@@ -278,12 +278,15 @@ def judge(stages: Sequence[Mapping[str, Any]], n: int) -> tuple[Finding, ...]:
 
 
 def _race_disagreement(stages: Sequence[Mapping[str, Any]], n: int) -> Iterator[Finding]:
-    """Look at a cross-entropy round and a margin round that was given no more than what it left."""
+    """Look at a cross-entropy round and a margin round that was given no more than what it left.
+
+    Of both the last turn counts: in an earlier one they were tried on samples that the other had not seen.
+    """
     kinds = [s["kind"] for s in stages]
     if "ce" not in kinds or "margin" not in kinds[kinds.index("ce") :]:
         return
-    ce = stages[kinds.index("ce")]
-    margin = stages[kinds.index("margin", kinds.index("ce"))]
+    at = kinds.index("ce"), kinds.index("margin", kinds.index("ce"))
+    ce, margin = (stages[i].get("last", stages[i]) for i in at)
     if margin["entered"] <= ce["entered"] and margin["broken"] > RACE_GAP * n:
         yield _disagree(ce["broken"], margin["broken"], n)
 

@@ -22,7 +22,10 @@ PROBE = 64
 """Samples whose logits and gradients the model's checks look at."""
 
 RANDOM_PROBE = 16
-"""Samples on which the gradients of a random model are measured, many passes each."""
+"""Samples on which the gradients of a random model are measured, many passes each; and of large samples, all."""
+
+_LARGE = 2**15
+"""Values of a sample from which on the model's checks look at fewer samples."""
 
 _SAME = 1e-4
 """Logits that differ by more than this share of their median size (one may be huge to mask a class) are different."""
@@ -129,7 +132,7 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
         DataError: labels outside the classes (``bad-logits``).
     """
     findings = list(check_modes(model))
-    rows = torch.arange(min(len(data), PROBE))
+    rows = torch.arange(min(len(data), PROBE if math.prod(data.shape) <= _LARGE else RANDOM_PROBE))
     with model.frozen(device) as live:
         x, y = data.batch(rows).to(live.device), data.labels[rows].to(live.device)
         z = _ask(live, x)

@@ -33,6 +33,9 @@ CLEAR: Final = 0.5
 FALLEN: Final = 12
 """Passes that are granted for a sample that has fallen; most fall within a few steps."""
 
+CHEAP: Final = 2
+"""A block that costs no more passes than this, on average over the samples that are right, is never too dear."""
+
 HOT: Final = 0.1
 """A share of a block, or of a turn, whose fall shows that going on is worth what it costs."""
 
