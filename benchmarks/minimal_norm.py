@@ -190,7 +190,7 @@ def ours(norm: str) -> dict[tuple[str, str], Callable[[int], Any]]:
     made: dict[tuple[str, str], Callable[[int], Any]] = {
         (name, ""): partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal")
     }
-    second = {"linf": "fmn", "l2": "fab", "l1": "fmn", "l0": "sigma-zero"}[norm]
+    second = {"linf": "fmn", "l2": "fab", "l1": "fmn", "l0": "cw-l0"}[norm]
     made["inward", second] = partial(paired, second)
     if norm == "l0":
         return made
@@ -214,8 +214,9 @@ def sized(name: str, budget: int) -> Any:
 
 
 def paired(second: str, budget: int) -> Any:
-    """Return walks from outside and a second opinion, which gets a fifth of the budget."""
-    return Cascade((sized("inward", budget - budget // 5), sized(second, budget // 5)))
+    """Return walks from outside and a second opinion, which gets a fifth of the budget (l0: a third)."""
+    part = budget // (3 if second == "cw-l0" else 5)
+    return Cascade((sized("inward", budget - part), sized(second, part)))
 
 
 def targeted(budget: int) -> Any:

@@ -10,6 +10,7 @@ from assay.attacks import (
     LOSSES,
     PGD,
     Bisect,
+    CarliniWagnerL0,
     Cascade,
     Chain,
     Funnel,
@@ -167,8 +168,8 @@ _AUDIT: Final = 0.03
 _STEPS: Final = {"quick": 60, "standard": 400, "thorough": 1500, "reference": 1500}
 """Steps of the search for the smallest perturbation; the second opinion takes a quarter as many."""
 
-_SECOND: Final[dict[str, Any]] = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": SigmaZero}
-"""The attack that is best where walks from outside are of no use: on networks without hardening."""
+_SECOND: Final[dict[str, Any]] = {"linf": FMN, "l2": FAB, "l1": FMN, "l0": CarliniWagnerL0}
+"""What finds most of what walks from outside miss, above all on networks without hardening."""
 
 _HIDDEN_QUERIES: Final = {"quick": 500, "standard": 5000, "thorough": 20_000, "reference": 5000}
 """Queries of the search by scores where gradients do not tell."""
