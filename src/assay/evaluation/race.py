@@ -98,14 +98,15 @@ class Race:
     """Where a race stands: plain tensors on the CPU and plain numbers, so that it can be saved between any two batches.
 
     n samples, c classes. ``near`` (n, c) says how near each class came to overtaking the label, at the clean input or
-    at the best point of any round: a margin, negative. A sample's place in the race is its largest, in clean margins.
+    at the best point of any round: a margin, negative. A sample's place in the race is its largest, over the square
+    root of ``gap``, its margin at the clean input.
     ``best`` (n, *f) holds the best points; of a fallen sample, the one that fools.
     """
 
     standing: Mask
     near: Logits
     best: Inputs
-    gap: PerSample  # margin at the clean input
+    gap: PerSample
     by: Labels  # the round that broke it; -1: none
     trial: Labels  # the opener that is tried on the sample; -1: none
     order: list[int]  # rounds, as they are run
@@ -159,13 +160,9 @@ class Race:
 
         def read(name: str, kind: Any) -> Any:
             v = arrays[prefix + name]
-            return (
-                v.item()
-                if kind in (int, float)
-                else v.tolist()
-                if kind in (list[int], list[float])
-                else torch.from_numpy(v)
-            )
+            if kind in (int, float):
+                return v.item()
+            return v.tolist() if kind in (list[int], list[float]) else torch.from_numpy(v)
 
         return cls(**{f.name: read(f.name, f.type) for f in fields(cls)})
 
