@@ -17,6 +17,7 @@ from assay.evaluation import EFFORTS, Plan, Round, course, engine, plan_for
 from assay.evaluation.efforts import budget
 from assay.evaluation.journal import Journal
 from assay.evaluation.race import LEAST, TRIAL, Race, margins
+from assay.runs.statistics import sequential_interval
 
 
 def lined_up(rounds, n=40):
@@ -231,6 +232,10 @@ def test_a_run_stops_when_its_interval_is_narrow_enough(digits, monkeypatch):
     assert result.n in {30, 60, 90}
     assert result.complete
     assert "0.45" in result.bounded
+    low, high = result.interval("robust")
+    assert high - low <= 0.45
+    assert (low, high) == sequential_interval(round(result.robust_accuracy * result.n), result.n)
+    assert result.totals()["interval"]["robust"] == [low, high]
     everything = run(digits, until_interval=0.01)
     assert everything.n == 120
     assert everything.bounded is None

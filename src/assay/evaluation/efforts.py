@@ -178,10 +178,12 @@ _HIDDEN_QUERIES: Final = {"quick": 500, "standard": 5000, "thorough": 20_000, "r
 def budget(effort: str, threat: Threat) -> tuple[int, int]:
     """Return what a sample that stays robust costs, on average over such samples: (as a rule, at most) passes.
 
-    As a rule every round has one turn and goes no further than its share; at most every turn reaches every sample.
+    As a rule one opener runs on all samples, and every other round has one turn and goes no further than its share; at
+    most every turn reaches every sample.
     """
     plan = plan_for(effort, threat)
-    usual = sum(r.share * passes_of(r.attack) for r in plan.rounds) + 2
+    shares = [1.0 if i == 0 else r.share for i, r in enumerate(plan.rounds)]
+    usual = sum(s * passes_of(r.attack) for s, r in zip(shares, plan.rounds, strict=True)) + 2
     most = sum(r.repeat * passes_of(r.attack) for r in plan.rounds) + 2
     audit = plan.audit * sum(passes_of(r.attack) for r in plan.ladder)
     most = min(most, plan.most) if plan.most else most

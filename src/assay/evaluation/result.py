@@ -14,6 +14,7 @@ from assay.core.errors import RunError
 from assay.evaluation.finding import Finding
 from assay.reports import write_report
 from assay.runs import Curve, Run, exact_interval, totals
+from assay.runs.statistics import sequential_interval
 
 
 @final
@@ -60,7 +61,19 @@ class Evaluation:
     def _totals(self) -> dict[str, Any]:
         names = self.run.manifest["data"].get("class_names")
         probe = self.run.manifest.get("probe")
-        return totals(self.samples, self.run.tallies(), eps=self.eps, class_names=names, probe=probe)
+        found = totals(self.samples, self.run.tallies(), eps=self.eps, class_names=names, probe=probe)
+        if self._looked_again:
+            hits, confidence = self._hits(found, "robust"), found["interval"]["confidence"]
+            found["interval"]["robust"] = [*sequential_interval(hits, self.n, confidence)]
+        return found
+
+    @property
+    def _looked_again(self) -> bool:
+        """Whether the run could stop by its interval, which must then hold however often it was looked at."""
+        return self.run.manifest["identity"].get("until_interval") is not None and self.eps is not None
+
+    def _hits(self, found: dict[str, Any], which: str) -> int:
+        return round((found[f"{which}_accuracy"] or 0) * self.n)
 
     @property
     def clean_accuracy(self) -> float:
@@ -80,6 +93,8 @@ class Evaluation:
     def interval(self, which: str = "robust", confidence: float = 0.95) -> tuple[float, float]:
         """Return the exact binomial interval of the clean, robust or certified accuracy.
 
+        Of a run that may stop by its interval (``until_interval``), the robust one is valid at every look.
+
         Raises:
             ValueError: that accuracy was not measured.
         """
@@ -87,7 +102,8 @@ class Evaluation:
             raise ValueError(f"clean, robust or certified, not {which!r}")
         if which not in self._totals["interval"]:
             raise ValueError(f"{which} accuracy was not measured in this run")
-        return exact_interval(round((self._totals[f"{which}_accuracy"] or 0) * self.n), self.n, confidence)
+        kind = sequential_interval if which == "robust" and self._looked_again else exact_interval
+        return kind(self._hits(self._totals, which), self.n, confidence)
 
     @property
     def passes(self) -> Passes:
