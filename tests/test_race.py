@@ -310,9 +310,13 @@ def test_at_the_eps_of_a_list_what_fell_is_attacked_again(digits):
     assert (stored <= 0.2).sum() == fallen > 0
 
 
-def test_an_eps_beyond_the_threat_is_refused(digits):
+def test_an_eps_beyond_the_threat_is_refused_before_the_model_is_asked(digits):
+    def never(x):
+        raise RuntimeError("asked")
+
+    _, data = digits
     with pytest.raises(AssayError, match="largest of them"):
-        run(digits, eps_list=[0.1, 0.4])
+        assay.evaluate(never, data, "linf:0.3", "quick", progress=False, eps_list=[0.1, 0.4])
 
 
 class Guarded(nn.Module):

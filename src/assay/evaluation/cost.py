@@ -115,13 +115,10 @@ def estimate(
 
 
 def _budget(effort: str, threat: Threat) -> tuple[int, int]:
-    from assay.evaluation.efforts import EFFORTS
+    from assay.evaluation.efforts import EFFORTS, budget
 
-    one_of("an effort", effort, [*EFFORTS])
-    from assay.evaluation.efforts import budget
-
-    typical, most = budget(effort, threat)
-    return typical, most
+    one_of("an effort", effort, EFFORTS)
+    return budget(effort, threat)
 
 
 def _bounded(threat: Threat, data: Data) -> Threat:

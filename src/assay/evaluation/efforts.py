@@ -63,9 +63,9 @@ def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, masked: bool = 
     return Plan(rounds, most, ladder if audit else (), audit, tighten)
 
 
-def _climb(steps: int, loss: Loss = _MARGIN) -> Runnable:
+def _climb(steps: int, loss: Loss = _MARGIN, rel_step: float = 2.0) -> Runnable:
     """Return the gradient ascent of the race: steps of twice eps that fall to none, with momentum."""
-    return PGD(steps=steps, rel_step=2.0, decay="cosine", momentum=0.75, loss=loss)
+    return PGD(steps=steps, rel_step=rel_step, decay="cosine", momentum=0.75, loss=loss)
 
 
 def _funnel(norm: str, steps: int) -> Runnable:
@@ -131,11 +131,11 @@ def _tighten(norm: str) -> Iterator[Round]:
 
 def _square_climb(queries: int) -> Runnable:
     """Return a random search, and gradient ascent from where it got: each ends where the other one is stuck."""
-    return Chain((Square(steps=queries), PGD(steps=60, rel_step=0.5, decay="cosine", momentum=0.75, loss=_MARGIN)))
+    return Chain((Square(steps=queries), _climb(60, rel_step=0.5)))
 
 
-def _square(steps: int, share: float = 1.0) -> Round:
-    return Round("square", "scores", Square(steps=steps), share)
+def _square(steps: int) -> Round:
+    return Round("square", "scores", Square(steps=steps))
 
 
 def _ensemble(norm: str, *, full: bool = False) -> Iterator[Round]:

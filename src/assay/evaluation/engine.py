@@ -90,8 +90,8 @@ def evaluate(
         RunError: ``out`` cannot be written or holds another run.
     """
     _check_request(effort, prove, {"limit": limit, "batch_size": batch_size, "max_passes": max_passes})
-    course = Course(until_interval, max_seconds, tuple(eps_list or ()))
-    model, data, threat = _model(model), load_data(data, limit=limit), _threat(threat)
+    threat, course = _threat(threat), Course(until_interval, max_seconds, tuple(eps_list or ()))
+    levels, model, data = course.within(threat), _model(model), load_data(data, limit=limit)
     mark = fingerprint(model)  # before the model is asked anything: it may count its calls
     data = data.scaled(model.domain.lo, model.domain.hi)
     findings = check_data(data, model.domain)
@@ -100,8 +100,8 @@ def evaluate(
     probed = None if effort == "quick" else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
-    batch = batch_size or default_batch(data.shape, device)
-    job = Job(checked.model, data, threat, plan, seed, device, batch, max_passes, course.within(threat))
+    together = batch_size or default_batch(data.shape, device)
+    job = Job(checked.model, data, threat, plan, seed, device, together, max_passes, levels)
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
     passing = None if out is not None else mkdtemp(prefix="assay-")

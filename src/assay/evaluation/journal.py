@@ -50,11 +50,6 @@ class Journal:
         except (OSError, ValueError, EOFError):
             return None
 
-    def remove(self) -> None:
-        """Forget: what was kept is stored elsewhere now."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
 
 def packed(value: Any) -> NDArray[Any]:
     """Write plain JSON into an array."""
