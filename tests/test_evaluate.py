@@ -289,8 +289,10 @@ def test_wrong_requests_are_refused_before_any_work(digits):
     model, data = digits
     with pytest.raises(AssayError, match="Did you mean 'quick'"):
         assay.evaluate(model, data, "linf:0.1", "quik", progress=False)
-    with pytest.raises(AssayError, match="Certification is not part"):
-        assay.evaluate(model, data, "linf:0.1", prove="crown", progress=False)
+    with pytest.raises(AssayError, match="Did you mean 'crown'"):
+        assay.evaluate(model, data, "linf:0.1", prove="crwn", progress=False)
+    with pytest.raises(AssayError, match="neither proof nor attack"):
+        assay.evaluate(model, data, "linf:0.1", "none", progress=False)
     with pytest.raises(ThreatError, match="untargeted"):
         assay.evaluate(model, data, assay.Threat("linf", 0.1, targeted=True), progress=False)
 

@@ -8,6 +8,7 @@ import typer
 
 from assay import __version__
 from assay.cli.attack import attack
+from assay.cli.certify import certify
 from assay.cli.compare import compare
 from assay.cli.demo import demo
 from assay.cli.doctor import doctor
@@ -18,12 +19,13 @@ from assay.cli.report import report
 _HELP = """
 How much can your classifier take?
 
-Assay attacks a model on every sample within a [bold]threat model[/bold], verifies every break with a fresh pass, keeps
-the results in a folder that survives any interruption, and writes a report.
+Assay attacks a model on every sample within a [bold]threat model[/bold], verifies every break with a fresh pass, proves
+what it can, keeps the results in a folder that survives any interruption, and writes a report.
 
 [bold]Start here[/bold]
   assay demo                                                        see it work, in a minute
   assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3     the same by hand
+  assay certify demo:mnist-robust demo:mnist --threat linf:0.1      prove it
   assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
 
 [bold]MODEL[/bold]   .pt2 (torch.export) | .safetensors or .pth weights with --arch module:callable | py:module:callable
@@ -45,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for command in (evaluate, attack, compare, report, demo, doctor):
+for command in (evaluate, attack, certify, compare, report, demo, doctor):
     app.command()(command)
 
 

@@ -1,5 +1,6 @@
 """``assay evaluate``: the main job."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -32,6 +33,15 @@ UntilInterval = Annotated[
 EpsList = Annotated[
     str | None, typer.Option(metavar="EPS[,EPS...]", help="Say the robust accuracy at these eps as well.")
 ]
+Prove = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ibp|crown-ibp|crown|alpha|complete", help="Prove what can be proven; only the rest is attacked."
+    ),
+]
+ProveSeconds = Annotated[
+    float | None, typer.Option(metavar="S", help="For --prove complete: the time for a sample (default: 30).")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Attack nothing; say what it will cost on this machine.")]
 
 
@@ -43,7 +53,8 @@ def evaluate(
     effort: EffortOpt = "standard",
     eps_list: EpsList = None,
     quantize: o.Quantize = None,
-    prove: Annotated[str | None, typer.Option(hidden=True)] = None,
+    prove: Prove = None,
+    prove_seconds: ProveSeconds = None,
     arch: o.Arch = None,
     box: o.BoxOpt = (0.0, 1.0),
     mean: o.Mean = None,
@@ -65,7 +76,7 @@ def evaluate(
     """Say how much a model can take on every sample: attack, verify, store, report.
 
     The figure is an upper bound on the true robust accuracy: what was broken is proven broken, what stands may yet fall
-    to a stronger attack (--effort thorough).
+    to a stronger attack (--effort thorough). With --prove there is a lower bound beside it.
 
     A killed or interrupted run goes on where it was with the same command.
 
@@ -78,17 +89,21 @@ def evaluate(
 
     parsed = replace(Threat.parse(threat), quantize=quantize)
     settings = {"max_passes": max_passes, "until_interval": until_interval, "eps_list": _eps_list(eps_list, parsed)}
+    settings["prove_seconds"] = prove_seconds
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     place = o.device_of(device)
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
     if dry_run:
+        from assay.certification import Proof
         from assay.evaluation.cost import estimate
 
-        cost = estimate(loaded, samples, parsed, effort, place, batch_size)
+        proof = Proof(prove, prove_seconds or 30.0) if prove else None
+        cost = estimate(loaded, samples, parsed, effort, place, batch_size, proof=proof)
         show_cost(cost.within(max_passes, max_seconds), as_json=as_json)
         return
     name = [model, data, threat, effort, seed, limit, arch, box, mean, std, quantize, *([given] if given else [])]
+    name += [prove] if prove else []
     result = run_evaluation(
         loaded,
         samples,
@@ -136,6 +151,9 @@ def show_cost(cost: "Cost", *, as_json: bool) -> None:
     grid.add_row("samples", count(cost.samples))
     grid.add_row("passes per sample", f"{count(cost.passes[0])} as a rule, {count(cost.passes[1])} at most")
     grid.add_row("time", f"{low} to {high}")
+    if cost.proofs[1]:
+        low, high = map(duration, cost.proofs)
+        grid.add_row("time for proofs", low if low == high else f"{low} to {high}")
     grid.add_row("device", f"{cost.device}, {count(cost.batch)} samples at a time")
     asked = (
         f"{duration(cost.forward)} forward, {duration(cost.gradient)} with gradient, {memory(cost.memory)} kept for it"
@@ -146,13 +164,18 @@ def show_cost(cost: "Cost", *, as_json: bool) -> None:
     )
 
 
-def finish(result: "Evaluation", *, as_json: bool, quiet: bool) -> None:
-    """Write the report, print the result, and say how to go on if it is not complete."""
+def finish(
+    result: "Evaluation", *, as_json: bool, quiet: bool, told: "Callable[[Evaluation], dict[str, Any]] | None" = None
+) -> None:
+    """Write the report, print the result, and say how to go on if it is not complete.
+
+    ``told`` returns the object of ``--json``; the summary by default.
+    """
     from assay.reports import print_run, verdict
 
     page = result.report()
     if as_json:
-        o.emit(summary(result))
+        o.emit((told or summary)(result))
     elif quiet:
         typer.echo(verdict(result.run))
     else:
@@ -180,6 +203,11 @@ def summary(result: "Evaluation") -> dict[str, Any]:
         "audit": manifest.get("audit"),
         "curve": [
             {"eps": p.eps, "robust_accuracy": p.rate.value, "interval": [p.rate.low, p.rate.high]}
+            | (
+                {}
+                if (c := p.certified).value is None
+                else {"certified_accuracy": c.value, "certified": [c.low, c.high]}
+            )
             for p in points(manifest, result.samples)
         ],
     }

@@ -1,12 +1,16 @@
 """Every error that assay raises on purpose: what was expected, what was found, what to do."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class AssayError(Exception):
     """Base of all errors. ``exit_code`` is what the command line returns, ``code`` names the check that failed."""
 
     exit_code = 3
 
-    def __init__(self, expected: str, found: str, remedy: str, *, code: str | None = None) -> None:
+    # All can be given by position, for that is how an error comes back from another process.
+    def __init__(self, expected: str, found: str, remedy: str, code: str | None = None) -> None:
         self.expected, self.found, self.remedy, self.code = expected, found, remedy, code
         super().__init__(expected, found, remedy, code)
 
@@ -38,9 +42,13 @@ class NonFiniteError(ModelOutputError):
 
 
 class ContradictionError(AssayError):
-    """A sample was certified and fooled at once: a bug in one of the two, never a result."""
+    """A sample was certified and fooled at once: a bug in one of the two, never a result.
+
+    ``evidence`` holds arrays by name: what was proven of which input, and the adversarial input that says otherwise.
+    """
 
     exit_code = 4
+    evidence: Mapping[str, Any] = {}
 
 
 class RunError(AssayError):

@@ -7,7 +7,7 @@ from typing import Protocol, final
 @final
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of an evaluation at one moment; counts are samples."""
+    """The state of an evaluation at one moment; counts are samples, ``proven`` None where nothing is to be proven."""
 
     total: int
     done: int
@@ -16,6 +16,7 @@ class Snapshot:
     stage: str
     passes: int
     seconds: float
+    proven: int | None = None
 
 
 class Progress(Protocol):

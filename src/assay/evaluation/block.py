@@ -15,10 +15,14 @@ from torch import Tensor
 
 from assay.attacks import LOSSES
 from assay.attacks.attack import verify
+from assay.certification import Proof
+from assay.certification.certify import contradiction
+from assay.certification.prover import Prover
 from assay.core.random import Draws
-from assay.core.types import Inputs, Labels, Logits, Mask, choose, per_sample
+from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, choose, per_sample
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
+from assay.evaluation.proving import CHALLENGE, COMPLETE, Proven, Proving
 from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, passes_of
 from assay.models import Door, Live, Model
 from assay.threats import Goal, Problem, Threat
@@ -35,6 +39,7 @@ class Job:
 
     ``batch`` samples are attacked together, which changes no result. No sample spends more than ``max_passes``.
     ``levels`` are further eps, each smaller than that of the threat, at which the robust accuracy is wanted.
+    ``proof`` says how samples are proven, if they are.
     """
 
     model: Model
@@ -46,6 +51,7 @@ class Job:
     batch: int = 128
     max_passes: int | None = None
     levels: tuple[float, ...] = ()
+    proof: Proof | None = None
 
 
 @final
@@ -67,44 +73,81 @@ def ignore(stage: str, passes: int) -> None:
 
 
 def run_block(
-    job: Job, rows: list[int], tell: Tell = ignore, journal: Path | None = None, deadline: float = math.inf
+    job: Job,
+    rows: list[int],
+    tell: Tell = ignore,
+    journal: Path | None = None,
+    deadline: float = math.inf,
+    prover: Prover | None = None,
 ) -> Part:
     """Attack the samples ``rows`` of the job's data: all that one call of an executor does.
 
     With a ``journal``, goes on with the race that is kept there, and keeps it there until the block is done. After the
-    ``deadline``, on the clock ``time.monotonic``, no further attack begins.
+    ``deadline``, on the clock ``time.monotonic``, no further attack and no further proof begins.
+    What the job's ``proof`` needs is made anew where no ``prover`` is given.
+
+    Raises:
+        ContradictionError: a sample is proven and fooled at once.
     """
+    if prover is None and job.proof is not None:
+        prover = job.proof.prover(job.model, job.data.shape, job.device)
     with job.model.frozen(job.device) as live:
         # The draws of attacks belong to samples; those of a model that is random can only belong to a block.
         torch.manual_seed(hash((job.seed, rows[0])) % 2**63)
-        return _Block(job, live, rows, tell, Journal(journal), deadline).run()
+        return _Block(job, live, rows, tell, Journal(journal), deadline, prover).run()
 
 
 class _Block:
     """Samples numbered 0 .. n - 1, their race, and the audit of those that are left."""
 
-    def __init__(self, job: Job, live: Live, rows: list[int], tell: Tell, journal: Journal, deadline: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        live: Live,
+        rows: list[int],
+        tell: Tell,
+        journal: Journal,
+        deadline: float,
+        prover: Prover | None,
+    ) -> None:
         self.job, self.index, self.journal, self.deadline = job, torch.tensor(rows), journal, deadline
         self.clock = _Clock(live, self.index, tell)
         self.x, self.y = job.data.batch(self.index), job.data.labels[self.index]
         self.threat = job.threat
+        self.proving: Proving | None = None
+        if job.proof is not None and prover is not None:
+            about = job.threat, self.x, self.y, self.index, self.clock, deadline, lambda: self.journal.save(self._state)
+            self.proving = Proving(job.proof, prover, *about)
         self.bounded: str | None = None
-        self.race: Race
+        self.proven: Proven
+        self.race: Race | None = None
         self.audit: Race | None = None
         self.clean: Logits
 
     def run(self) -> Part:
         if not self._resume():
             self._begin()
+        if self.proving is not None:
+            self.proving.clean = self.clean
+        if self.race is None:
+            self._prove_first()
+            self.race = self._line_up(self.job.plan.rounds, self.right & (self.proven.lower == 0))
         self._compete(self.race, self.job.plan.rounds, 0, self.job.plan.most)
         if self.job.plan.audit and self.audit is None:
-            self._choose()
+            self._choose(self.race)
         if self.audit is not None:
             self._compete(self.audit, self.job.plan.ladder, len(self.job.plan.rounds))
-        self._conclude()
+        self._prove_last(self.race)
+        self._conclude(self.race)
         for eps in sorted(self.job.levels, reverse=True):
             self._tighten(eps)
+        self._refuse(self.sizes, self.found)
         return self._write_down()
+
+    @property
+    def right(self) -> Mask:
+        """The samples that the model gets right when nobody interferes."""
+        return self.clean.argmax(1) == self.y
 
     def _begin(self) -> None:
         everyone = torch.arange(len(self.index))
@@ -112,13 +155,49 @@ class _Block:
             parts = everyone.split(self.job.batch)  # type: ignore[no-untyped-call]
             there = (self._there(self.x[at], at) for at in parts)
             self.clean = torch.cat([self.clock.door.logits(x, rows).cpu() for x, rows in there])
-            right = self.clean.argmax(1) == self.y
-            stage["broken"] += int((~right).sum())
-        self.race = self._line_up(self.job.plan.rounds, right)
+            stage["broken"] += int((~self.right).sum())
+        self.proven = Proven.nothing(*self.clean.shape)
 
-    def _choose(self) -> None:
+    def _prove_first(self) -> None:
+        """Prove what is cheap to prove, so that it need not be attacked."""
+        if self.proving is not None and self.threat.eps is not None:
+            self.proving.cheaply(self.proven, self.right)
+            self._challenge(self.proven.tried)
+
+    def _prove_last(self, race: Race) -> None:
+        """Search for proofs of what attacks left standing; without an eps, for the radius of every sample."""
+        if self.proving is None:
+            return
+        fell = race.by >= 0 if self.audit is None else (race.by >= 0) | (self.audit.by >= 0)
+        if self.threat.eps is None:
+            sizes = exact_size(self.threat.norm, race.best, self.x)
+            self.proving.radius(self.proven, self.right, torch.where(fell, sizes, torch.inf))
+        elif self.proving.proof.method == COMPLETE:
+            self.proving.completely(self.proven, self.right & ~fell & (self.proven.lower == 0))
+            self._challenge(self.proven.searched)
+        if self.proving.late:
+            self.bounded = "max-seconds"
+
+    def _challenge(self, entered: Mask) -> None:
+        """Take one step against those samples that ``entered`` and are proven."""
+        race = self._line_up(CHALLENGE, entered & (self.proven.lower > 0))
+        self._compete(race, CHALLENGE, _CHALLENGE)
+        sizes = exact_size(self.threat.norm, race.best, self.x)
+        self._refuse(torch.where(race.by >= 0, sizes, torch.inf), race.best)
+
+    def _refuse(self, sizes: PerSample, found: Inputs) -> None:
+        """Stop where a sample is fooled at ``found`` (n, *f), within what is proven of it; ``sizes`` (n,) where not."""
+        within = self.right & (sizes <= self.proven.lower)
+        for i in within.nonzero()[:1, 0].tolist():
+            kept = {"x": self.x[i], "adversarial": found[i], "label": self.y[i], "clean_logits": self.clean[i]}
+            kept["margins"] = self.proven.margins[i]
+            arrays = {k: v.numpy() for k, v in kept.items()}
+            lower = float(self.proven.lower[i])
+            raise contradiction(int(self.index[i]), lower, float(sizes[i]), self.threat.norm.name, arrays)
+
+    def _choose(self, race: Race) -> None:
         """Choose the survivors that are audited: those with the lowest lots."""
-        left = self.race.standing
+        left = race.standing
         count = min(math.ceil(self.job.plan.audit * int(left.sum())), int(left.sum()))
         lots = torch.where(left, Draws.of(self.job.seed, self.index).fold(_AUDIT).uniform(), torch.inf)
         chosen = torch.zeros_like(left)
@@ -147,7 +226,7 @@ class _Block:
     def _too_dear(self, race: Race, part: Round, most: int) -> bool:
         """Tell whether the block that begins could cost more than the race may."""
         spent = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
-        standing, right = int(race.standing.sum()), int((self.clean.argmax(1) == self.y).sum())
+        standing, right = int(race.standing.sum()), int((self.right & (self.proven.lower == 0)).sum())
         cost, granted = race.given * passes_of(part.attack), most * standing + FALLEN * (right - standing)
         free = part.opener or race.yielded >= HOT or cost <= CHEAP * right
         return not free and spent / self.job.model.samples + cost > granted
@@ -209,8 +288,10 @@ class _Block:
         door, clock = self.clock.door, self.clock
         told = {"stages": clock.stages, "claimed": clock.claimed, "rejected": clock.rejected}
         passes = {"forwards": door.forwards.cpu().numpy(), "backwards": door.backwards.cpu().numpy()}
-        races = self.race.to_arrays("race.") | ({} if self.audit is None else self.audit.to_arrays("audit."))
-        return {"index": self.index.numpy(), "clean": self.clean.numpy(), "told": packed(told), **passes, **races}
+        races = {"race.": self.race, "audit.": self.audit}
+        arrays = {k: v for name, race in races.items() if race is not None for k, v in race.to_arrays(name).items()}
+        arrays |= self.proven.to_arrays() | passes
+        return {"index": self.index.numpy(), "clean": self.clean.numpy(), "told": packed(told), **arrays}
 
     def _resume(self) -> bool:
         """Go on where the journal says; tell whether there was one, of these samples."""
@@ -223,23 +304,25 @@ class _Block:
         )
         for name in ("forwards", "backwards"):
             getattr(self.clock.door, name).copy_(torch.from_numpy(arrays[name]))
-        self.race = Race.from_arrays(arrays, "race.")
+        self.proven = Proven.from_arrays(arrays)
+        self.race = Race.from_arrays(arrays, "race.") if "race.best" in arrays else None
         self.audit = Race.from_arrays(arrays, "audit.") if "audit.best" in arrays else None
         return True
 
-    def _conclude(self) -> None:
+    def _conclude(self, race: Race) -> None:
         """Put race and audit together: who fell, by what, at which point, made smaller."""
-        self.by, self.found = self.race.by, self.race.best
-        self.sizes = torch.where(self.clean.argmax(1) == self.y, torch.inf, 0.0).double()
+        self.by, self.found = race.by, race.best
+        self.sizes = torch.where(self.right, torch.inf, 0.0).double()
         self.after, self.survive = self.clean.clone(), 0
         if self.audit is not None:
             self._take(self.audit, len(self.job.plan.rounds))
-        self._shrink((self.by >= 0).nonzero()[:, 0], count=True)
+        if self.job.plan.rounds:
+            self._shrink((self.by >= 0).nonzero()[:, 0], count=True)
 
     def _tighten(self, eps: float) -> None:
         """Attack what fell at a larger eps at this one."""
         tighten, first = self.job.plan.tighten, len(self.job.plan.rounds) + len(self.job.plan.ladder)
-        race = self._line_up(tighten, (self.by >= 0) & (self.sizes > eps))
+        race = self._line_up(tighten, (self.by >= 0) & (self.sizes > eps) & (self.proven.lower < eps))
         race.best = self.found.clone()
         self.threat = replace(self.job.threat, eps=eps)
         self._compete(race, tighten, first)
@@ -264,15 +347,22 @@ class _Block:
                 self.found[ids], self.after[ids] = x.cpu(), z.cpu().to(self.after.dtype)
                 self.sizes[ids] = exact_size(p.norm, x, p.x0).double().cpu()
 
+    def _certified(self) -> list[bool] | list[None]:
+        if self.proving is None or self.job.threat.eps is None:
+            return [None] * len(self.index)
+        return (self.proven.lower > 0).tolist()
+
     def _write_down(self) -> Part:
         by, fooled, sizes = self.by, self.by >= 0, self.sizes
         plan, at = self.job.plan, fooled.nonzero()[:, 0]
         names = [r.name for r in (*plan.rounds, *plan.ladder, *plan.tighten)]
         wrong, guesses = self.clean.argmax(1) != self.y, self.after.argmax(1)
         told = None
-        if self.audit is not None:
+        if self.audit is not None and self.race is not None:
+            survivors = int(self.race.standing.sum())
             late = self.audit.by >= 0
             told = {"attacked": int((late | self.audit.standing).sum()), "broken": int(late.sum())}
+            told["survivors"] = survivors
         rows = {
             "index": self.index.tolist(),
             "label": self.y.tolist(),
@@ -284,8 +374,8 @@ class _Block:
             ],
             "size": sizes.tolist(),
             "broken_by": [names[b] if b >= 0 else None for b in by.tolist()],
-            "certified": [None] * len(by),
-            "lower": [0.0] * len(by),
+            "certified": self._certified(),
+            "lower": self.proven.lower.tolist(),
             "upper": sizes.tolist(),
             "forwards": self.clock.door.forwards.tolist(),
             "backwards": self.clock.door.backwards.tolist(),
@@ -318,12 +408,15 @@ class _Block:
 _AUDIT = 12
 """Names the random numbers that say which survivors are audited."""
 
+_CHALLENGE = 1 << 20
+"""The number under which the random numbers of the challenge are known; those of rounds are far below."""
+
 
 class _Clock:
     """The door of a block, and what each stage asked of it."""
 
     def __init__(self, live: Live, index: Labels, tell: Tell) -> None:
-        self.name = ""
+        self.name, self.tell = "", tell
         self.door = Door(live, len(index), lambda passes: tell(self.name, passes), index)
         self.stages: list[dict[str, Any]] = []
         self.claimed = self.rejected = 0

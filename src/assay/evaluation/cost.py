@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from assay.attacks import LOSSES, PGD, Square
+from assay.certification import Proof
 from assay.core.random import Draws
 from assay.core.registry import one_of
 from assay.data import Data
 from assay.evaluation.preflight import check_data, check_model
+from assay.evaluation.proving import COMPLETE, STEPS
 from assay.models import Door, Live, Model
 from assay.models.door import default_batch
 from assay.threats import Problem, Threat
@@ -24,6 +26,9 @@ _SECONDS: Final = 0.4
 
 _MOST: Final = 20
 """Questions of a kind at most."""
+
+_PROVEN: Final = 4
+"""Samples that are proven, to time that."""
 
 _STEPS: Final = 4
 """Of the attacks that are timed."""
@@ -36,6 +41,8 @@ class Cost:
 
     ``passes`` are forward and backward passes of one sample, ``forward`` and ``gradient`` the seconds of one question
     about a batch (a gradient is a forward and a backward pass), ``memory`` the bytes that a gradient keeps of a batch.
+    ``proofs`` are the seconds that proofs take besides: of all samples by cheap methods, and with all that complete
+    search may take.
     """
 
     samples: int
@@ -46,6 +53,7 @@ class Cost:
     gradient: float
     memory: int
     seconds: tuple[float, float]
+    proofs: tuple[float, float] = (0.0, 0.0)
 
     def within(self, max_passes: int | None = None, max_seconds: float | None = None) -> "Cost":
         """Return what it costs where no sample may spend more passes, and the whole no more seconds, than these."""
@@ -70,6 +78,7 @@ def estimate(
     device: torch.device | str | None = None,
     batch_size: int | None = None,
     budget: tuple[int, int] | None = None,
+    proof: Proof | None = None,
 ) -> Cost:
     """Time some batches, attack nothing, and say what an evaluation with these settings will cost.
 
@@ -84,6 +93,7 @@ def estimate(
         device: where to run; None for where the model is.
         batch_size: samples asked about together; None for the default of the evaluation.
         budget: (typical, most) passes a sample; None asks the effort for them.
+        proof: how samples are to be proven, if they are; a few are, to time it.
 
     Raises:
         DataError, ThreatError, ModelError: model, data and threat do not fit.
@@ -111,7 +121,22 @@ def estimate(
         gradient=gradient,
         memory=memory,
         seconds=(len(data) * passes[0] * min(each), len(data) * passes[1] * max(each)),
+        proofs=(0.0, 0.0) if proof is None else _proofs(proof, model, first, len(data), threat, device),
     )
+
+
+def _proofs(
+    proof: Proof, model: Model, first: Data, n: int, threat: Threat, device: torch.device | str | None
+) -> tuple[float, float]:
+    """Prove a few samples by cheap methods, at the eps or at one that is no small one, and scale that up to n."""
+    rows = torch.arange(min(len(first), _PROVEN))
+    x, y, times = first.batch(rows), first.labels[rows], STEPS if threat.eps is None else 1
+    radius = torch.full((len(rows),), _bounded(threat, first).eps or 0.0, dtype=torch.float64)
+    prover = proof.prover(model, first.shape, device, proof.cheap)
+    begin = time.perf_counter()
+    prover.margins(x, y, radius, threat.norm.name)
+    cheap = times * n * (time.perf_counter() - begin) / len(rows)
+    return cheap, cheap + (times * n * proof.seconds if proof.method == COMPLETE else 0.0)
 
 
 def _budget(effort: str, threat: Threat) -> tuple[int, int]:

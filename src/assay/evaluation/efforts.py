@@ -23,6 +23,7 @@ from assay.attacks import (
 from assay.core.errors import ThreatError
 from assay.evaluation.race import Plan, Round, passes_of
 from assay.models.door import Loss
+from assay.runs.schema import UNATTACKED
 from assay.threats import Threat
 
 EFFORTS: Final = ("quick", "standard", "thorough", "reference")
@@ -37,11 +38,13 @@ def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, masked: bool = 
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
     is run on all that stand; where there are no others, it is alone. Likewise where gradients are ``masked``, with no
-    limit to what the race may cost.
+    limit to what the race may cost. The effort ``none`` has no rounds.
 
     Raises:
         ThreatError: a norm that no rounds exist for.
     """
+    if effort == UNATTACKED:
+        return Plan(())
     norm = threat.norm.name
     if norm not in NORMS:
         raise ThreatError(f"one of {', '.join(NORMS)} to evaluate", norm, "Attacks for other norms come later.")

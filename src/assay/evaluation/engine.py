@@ -4,23 +4,25 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from assay.core.errors import ThreatError
+from assay.certification import Proof
+from assay.certification.certify import check_threat
+from assay.core.errors import ContradictionError, ThreatError
 from assay.core.executor import Executor, serial
 from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, closest
 from assay.data import load_data
-from assay.evaluation.block import Job, run_block
+from assay.evaluation.block import Job, Part, run_block
 from assay.evaluation.course import Course
 from assay.evaluation.diagnosis import MASKING, probe
 from assay.evaluation.efforts import EFFORTS, plan_for
@@ -33,7 +35,11 @@ from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
 from assay.runs import Run
+from assay.runs.schema import UNATTACKED
 from assay.threats import Threat
+
+Work: TypeAlias = Callable[..., Part]
+"""Does a block: gets the positions of its samples; in this process also ``tell``, ``journal`` and ``deadline``."""
 
 
 def evaluate(
@@ -55,6 +61,8 @@ def evaluate(
     max_seconds: float | None = None,
     until_interval: float | None = None,
     eps_list: Sequence[float] | None = None,
+    prove_seconds: float = 30.0,
+    arithmetic: str = "float32",
 ) -> Evaluation:
     """Say how much a classifier can take: attack every sample, verify what was found, and keep it.
 
@@ -62,8 +70,11 @@ def evaluate(
         model: an :class:`assay.Model`, a network that takes inputs in [0, 1], or a MODEL form of the command line.
         data: ``(x, y)``, a dataset, a loader, :func:`assay.load_data`, or a DATA form of the command line.
         threat: what the adversary may do. Without an eps the smallest perturbation of each sample is searched.
-        effort: ``quick``, ``standard``, ``thorough``, or ``reference``, the published ensemble.
-        prove: certification comes in a later version; must be None.
+        effort: ``quick``, ``standard``, ``thorough``, or ``reference``, the published ensemble; with ``prove`` also
+            ``none``: then nothing is attacked, and there is no robust accuracy.
+        prove: a method of proof, ``ibp``, ``crown-ibp``, ``crown``, ``alpha`` or ``complete``. It and those before it
+            are tried on every sample that is right, and what is proven is not attacked; complete search is tried only
+            on what attacks left standing. Without an eps the radius is searched up to which each sample is proven.
         seed: of all random numbers.
         batch_size: samples that are attacked together; changes no result.
         device: where to run; None for where the model is.
@@ -80,44 +91,74 @@ def evaluate(
             robust accuracy is no wider than this. The interval is one that may be looked at again and again
             (:func:`assay.runs.statistics.sequential_interval`).
         eps_list: further eps at which the report says the robust accuracy; none above that of the threat.
+        prove_seconds: for ``complete``: the time for each sample.
+        arithmetic: of the deployed network, for proofs: ``float32``, ``tf32``, ``bfloat16`` or ``real``.
 
     Returns:
         The result. After Ctrl-C the interruption is raised when nothing is stored, else the result so far is returned
         with ``complete`` False.
 
     Raises:
-        DataError, ThreatError, ModelError: model, data and threat do not fit; raised before any attack.
+        DataError, ThreatError, ModelError: model, data and threat do not fit, or proofs are wanted of a model that has
+            no bounds; raised before any attack.
+        ContradictionError: a sample is proven and fooled at once: a bug, whose evidence is kept in the run's folder.
         RunError: ``out`` cannot be written or holds another run.
     """
     _check_request(effort, prove, {"limit": limit, "batch_size": batch_size, "max_passes": max_passes})
-    threat, course = _threat(threat), Course(until_interval, max_seconds, tuple(eps_list or ()))
+    proof = Proof(prove, prove_seconds, arithmetic) if prove else None
+    threat, course = _threat(threat, proof), Course(until_interval, max_seconds, tuple(eps_list or ()))
     levels, model, data = course.within(threat), _model(model), load_data(data, limit=limit)
     mark = fingerprint(model)  # before the model is asked anything: it may count its calls
     data = data.scaled(model.domain.lo, model.domain.hi)
-    findings = check_data(data, model.domain)
-    threat = threat.within(model.domain, int(np.prod(data.shape)))
+    findings, threat = check_data(data, model.domain), threat.within(model.domain, int(np.prod(data.shape)))
     checked = check_model(model, data, threat, device)
-    probed = None if effort == "quick" else probe(checked.model, data, threat, seed, device)
+    prover = proof.prover(checked.model, data.shape, device) if proof else None
+    probed = None if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
-    together = batch_size or default_batch(data.shape, device)
-    job = Job(checked.model, data, threat, plan, seed, device, together, max_passes, levels)
+    limits = batch_size or default_batch(data.shape, device), max_passes, levels
+    job = Job(checked.model, data, threat, plan, seed, device, *limits, proof)
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
+    work = partial(run_block, job) if executor else partial(run_block, job, prover=prover)
+    return carry_out(job, course, manifest, work, out, resume=resume, progress=progress, executor=executor)
+
+
+def carry_out(
+    job: Job,
+    course: Course,
+    manifest: dict[str, Any],
+    work: Work,
+    out: str | Path | None,
+    *,
+    resume: bool,
+    progress: bool | Progress,
+    executor: Executor | None = None,
+) -> Evaluation:
+    """Start the run of a manifest, or go on with it; do the ``work`` block by block, and say what the whole shows."""
     passing = None if out is not None else mkdtemp(prefix="assay-")
     run = Run.start(passing or str(out), manifest, resume=resume)
     try:
         with _shown(progress) as show:
-            complete = _work(run, job, course, show, executor)
+            complete = _work(run, job, course, work, show, executor)
         result = Evaluation(run, passing=out is None)
-        finish(run, result, findings, checked.classes, complete=complete)
-    except BaseException:
-        if passing:
-            shutil.rmtree(passing, ignore_errors=True)
+        finish(run, result, complete=complete)
+    except BaseException as e:
+        _give_up(run, e, passing)
         raise
     finally:
         run.close()
     return result
+
+
+def _give_up(run: Run, error: BaseException, passing: str | None) -> None:
+    """Keep the evidence of a contradiction, and remove a passing folder that holds none."""
+    if isinstance(error, ContradictionError):
+        path = run.path / f"contradiction-{int(error.evidence['index']):08d}.npz"
+        np.savez_compressed(path, **error.evidence)
+        error.remedy += f" It is in {path}."
+    elif passing:
+        shutil.rmtree(passing, ignore_errors=True)
 
 
 def _model(model: Any) -> Model:
@@ -126,7 +167,7 @@ def _model(model: Any) -> Model:
     return model if isinstance(model, Model) else Model(model)
 
 
-def _threat(threat: Threat | str) -> Threat:
+def _threat(threat: Threat | str, proof: Proof | None) -> Threat:
     threat = Threat.parse(threat) if isinstance(threat, str) else threat
     if not isinstance(threat, Threat):
         raise ThreatError("a Threat, or text like linf:8/255", repr(threat), "Write assay.Threat('linf', eps=8 / 255).")
@@ -134,14 +175,16 @@ def _threat(threat: Threat | str) -> Threat:
         raise ThreatError(
             "an untargeted threat to evaluate", "a targeted one", "Use an attack, or `assay attack --target`."
         )
+    if proof is not None:
+        check_threat(threat)
     return threat
 
 
 def _check_request(effort: str, prove: str | None, counts: Mapping[str, int | None]) -> None:
-    if effort not in EFFORTS:
+    if effort not in (*EFFORTS, UNATTACKED):
         raise UsageError("an effort", repr(effort), closest(effort, [*EFFORTS]))
-    if prove is not None:
-        raise UsageError("prove=None", repr(prove), "Certification is not part of this version yet.")
+    if effort == UNATTACKED and not prove:
+        raise UsageError("a method of proof with effort none", "neither proof nor attack", "Give prove='crown', say.")
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{name} of at least 1", str(count), "Leave it out for the default.")
@@ -158,25 +201,25 @@ def _shown(progress: bool | Progress) -> Iterator[Progress]:
         yield silent
 
 
-def _work(run: Run, job: Job, course: Course, show: Progress, executor: Executor | None) -> bool:
+def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, executor: Executor | None) -> bool:
     """Attack every sample that is not stored yet; return whether all are, or as many as were wanted."""
     stored = run.samples()
     done = set(stored["index"].to_pylist())
     blocks = [rows for rows in course.blocks(len(job.data), job.seed) if not done.issuperset(rows)]
-    watch = _Watch(show, len(job.data))
-    watch.add(stored["status"].to_pylist())
+    watch = _Watch(show, len(job.data), proven=None if run.manifest["identity"]["prove"] is None else 0)
+    watch.add(stored.to_pydict())
     # Only this process can watch inside a block, and keep a journal; to others the work must travel.
     deadline = time.monotonic() + (course.seconds if course.seconds is not None else math.inf)
     journal = run.path / "race" / "block.npz"
-    here = partial(run_block, job, tell=watch.tell, journal=journal, deadline=deadline)
-    parts = (executor or serial)(partial(run_block, job) if executor else here, blocks)
+    here = partial(work, tell=watch.tell, journal=journal, deadline=deadline)
+    parts = (executor or serial)(work if executor else here, blocks)
     try:
         while not course.enough(watch.standing, watch.done):
             if (part := next(parts, None)) is None:
                 return True
             run.add(part.rows, part.adversarials, part.tally)
             journal.unlink(missing_ok=True)
-            watch.add(part.rows["status"])
+            watch.add(part.rows)
             if time.monotonic() > deadline:
                 return watch.done == len(job.data)
     except KeyboardInterrupt:
@@ -197,20 +240,24 @@ class _Watch:
     right: int = 0
     fooled: int = 0
     passes: int = 0
+    proven: int | None = None
     begin: float = field(default_factory=time.perf_counter)
 
     @property
     def standing(self) -> int:
         return self.right - self.fooled
 
-    def add(self, states: list[str]) -> None:
+    def add(self, rows: Mapping[str, Sequence[Any]]) -> None:
+        states = rows["status"]
         self.done += len(states)
         self.right += sum(s != "misclassified" for s in states)
         self.fooled += sum(s == "fooled" for s in states)
+        if self.proven is not None:
+            self.proven += sum(v > 0 for v in rows["lower"])
         if states:
             self.tell("store", 0)
 
     def tell(self, stage: str, passes: int) -> None:
         self.passes += passes
         seconds = time.perf_counter() - self.begin
-        self.show(Snapshot(self.total, self.done, self.right, self.fooled, stage, self.passes, seconds))
+        self.show(Snapshot(self.total, self.done, self.right, self.fooled, stage, self.passes, seconds, self.proven))

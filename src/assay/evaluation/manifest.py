@@ -48,7 +48,7 @@ def new_manifest(
             "levels": [*job.levels],
             **course.to_json(),
             "seed": job.seed,
-            "prove": None,
+            "prove": job.proof.to_json() if job.proof else None,
             "model": mark,
             "data": data.fingerprint(),
             "n": len(data),
@@ -90,8 +90,9 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v.tolist() if isinstance(v, Tensor | np.ndarray) else v for k, v in values.items()}
 
 
-def finish(run: Run, result: Evaluation, findings: Sequence[Finding], classes: int, *, complete: bool) -> None:
-    """Write what the whole run showed into its manifest."""
+def finish(run: Run, result: Evaluation, *, complete: bool) -> None:
+    """Write what the whole run showed into its manifest, which holds what was found before it began."""
+    findings, classes = result.findings, run.manifest["model"]["classes"]
     totals, tallies = result.totals(), [*run.tallies()]
     right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
     known = {f.code for f in findings}
@@ -125,8 +126,10 @@ def _audit(tallies: Sequence[dict[str, Any]], totals: dict[str, Any]) -> dict[st
     if not attacked:
         return None
     confidence = totals["interval"]["confidence"]
+    survivors = sum(a.get("survivors", 0) for a in told)
     missed = upper_bound(broken, attacked, confidence)
-    return {"attacked": attacked, "broken": broken, "missed_at_most": missed, "confidence": confidence}
+    found = {"attacked": attacked, "broken": broken, "missed_at_most": missed, "confidence": confidence}
+    return found | ({"survivors": survivors} if survivors else {})
 
 
 def _after_work(totals: dict[str, Any]) -> Iterator[Finding]:

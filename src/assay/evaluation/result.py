@@ -14,6 +14,7 @@ from assay.core.errors import RunError
 from assay.evaluation.finding import Finding
 from assay.reports import write_report
 from assay.runs import Curve, Run, exact_interval, totals
+from assay.runs.schema import UNATTACKED
 from assay.runs.statistics import sequential_interval
 
 
@@ -61,16 +62,23 @@ class Evaluation:
     def _totals(self) -> dict[str, Any]:
         names = self.run.manifest["data"].get("class_names")
         probe = self.run.manifest.get("probe")
-        found = totals(self.samples, self.run.tallies(), eps=self.eps, class_names=names, probe=probe)
+        about = self.samples, self.run.tallies()
+        found = totals(*about, eps=self.eps, class_names=names, attacked=self.attacked, probe=probe)
         if self._looked_again:
             hits, confidence = self._hits(found, "robust"), found["interval"]["confidence"]
             found["interval"]["robust"] = [*sequential_interval(hits, self.n, confidence)]
         return found
 
     @property
+    def attacked(self) -> bool:
+        """Whether anything was attacked; else the run is one of proofs only."""
+        return bool(self.run.manifest["identity"].get("effort") != UNATTACKED)
+
+    @property
     def _looked_again(self) -> bool:
         """Whether the run could stop by its interval, which must then hold however often it was looked at."""
-        return self.run.manifest["identity"].get("until_interval") is not None and self.eps is not None
+        wanted = self.run.manifest["identity"].get("until_interval") is not None
+        return wanted and self.eps is not None and self.attacked
 
     def _hits(self, found: dict[str, Any], which: str) -> int:
         return round((found[f"{which}_accuracy"] or 0) * self.n)
@@ -82,7 +90,7 @@ class Evaluation:
 
     @property
     def robust_accuracy(self) -> float | None:
-        """Share that is right and not fooled, an upper bound on the truth; None for a threat without eps."""
+        """Share that is right and not fooled, an upper bound on the truth; None without an eps, or without attacks."""
         return self._totals["robust_accuracy"]  # type: ignore[no-any-return]
 
     @property

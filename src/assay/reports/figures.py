@@ -81,7 +81,7 @@ def falling(sizes: np.ndarray, end: float, confidence: float) -> Steps:
 def curve(s: Summary, samples: pa.Table) -> Curve | None:
     """Draw robust accuracy over eps from the sizes in the table; ``None`` where there is nothing to draw."""
     sizes = samples["size"].to_numpy()
-    if not len(sizes):
+    if not len(sizes) or not s.attacked:
         return None
     if s.eps is not None:
         fooled = samples["fooled"].to_numpy(zero_copy_only=False)
@@ -93,10 +93,10 @@ def curve(s: Summary, samples: pa.Table) -> Curve | None:
     steps = falling(sizes, end, s.confidence)
     last = percent(float(steps.y[-1]))
     return Curve(
-        line=_stairs(steps.x, steps.y, end, limit),
+        line=stairs(steps.x, steps.y, end, limit),
         band=_band(steps, end, limit),
         proven=_proven(samples, end, limit),
-        x=_ticks(limit, s.units, end if s.eps is not None else None),
+        x=ticks(limit, s.units, end if s.eps is not None else None),
         y=tuple(Tick(100 - v, f"{v} %") for v in (0, 25, 50, 75, 100)),
         limit=limit,
         end=end,
@@ -114,7 +114,8 @@ def _place(x: Any, y: Any, limit: float) -> tuple[Any, Any]:
     return 1000 * x / limit, 1000 * (1 - y)
 
 
-def _stairs(x: np.ndarray, y: np.ndarray, end: float, limit: float) -> str:
+def stairs(x: np.ndarray, y: np.ndarray, end: float, limit: float) -> str:
+    """Return the path of a step function that is y[i] from x[i] on, up to ``end`` on a scale up to ``limit``."""
     u, v = _place(x, y, limit)
     path = [f"M{u[0]:.1f} {v[0]:.1f}", *(f"H{a:.1f}V{b:.1f}" for a, b in zip(u[1:], v[1:], strict=True))]
     return "".join([*path, f"H{1000 * end / limit:.1f}"])
@@ -126,7 +127,7 @@ def _band(steps: Steps, end: float, limit: float) -> str:
     right = f"{1000 * end / limit:.1f}"
     back = [f"L{right} {v[-1]:.1f}"]
     back += [f"H{u[i]:.1f}" + (f"V{v[i - 1]:.1f}" if i else "") for i in range(len(u) - 1, -1, -1)]
-    return _stairs(steps.x, steps.high, end, limit) + "".join(back) + "Z"
+    return stairs(steps.x, steps.high, end, limit) + "".join(back) + "Z"
 
 
 def _proven(samples: pa.Table, end: float, limit: float) -> str:
@@ -139,11 +140,12 @@ def _proven(samples: pa.Table, end: float, limit: float) -> str:
     x = np.unique(np.concatenate([[0.0], radii[(radii > 0) & (radii < end)]]))
     if len(x) > _POINTS:
         x = np.unique(np.quantile(x, np.linspace(0, 1, _POINTS), method="lower"))
-    y = np.array([(radii > eps).mean() if eps else right.mean() for eps in x])
-    return _stairs(x, y, end, limit)
+    y = np.array([(radii > eps).mean() for eps in x])
+    return stairs(x, y, end, limit)
 
 
-def _ticks(limit: float, units: Units, mark: float | None) -> tuple[Tick, ...]:
+def ticks(limit: float, units: Units, mark: float | None) -> tuple[Tick, ...]:
+    """Return labelled sizes from 0 to ``limit``, and ``mark`` among them."""
     scale = units.denominator or 1
     step = _round_step(limit * scale / 5)
     at = np.arange(0, limit * scale * 1.0001, step) / scale

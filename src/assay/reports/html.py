@@ -20,10 +20,11 @@ from markupsafe import Markup, escape
 
 from assay.core.errors import RunError
 from assay.reports import text
+from assay.reports.brackets import brackets
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
 from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize, whole
-from assay.reports.table import audited, interrupted, median_size, sentence, stopped
+from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
 from assay.runs import Run
 from assay.runs.totals import number, rows
 
@@ -59,7 +60,7 @@ def write_report(run: Run, out: Path | None = None) -> Path:
 def render(run: Run) -> str:
     """Return the report as text."""
     manifest, samples = read(run)
-    s = summarize(manifest)
+    s, asked = summarize(manifest), points(manifest, samples)
     cards, trouble = _cards(run, s, samples)
     script = _part("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -72,9 +73,11 @@ def render(run: Run) -> str:
             command=str(run.manifest.get("command") or ""),
             version=str(run.manifest.get("assay") or ""),
             verdict=sentence(s, samples),
-            median=median_size(samples) if s.eps is None else None,
+            median=median_size(samples) if s.eps is None and s.attacked else None,
+            radius=median_radius(samples) if s.eps is None and s.prove is not None else None,
             curve=curve(s, samples),
-            points=[(s.units.show(p.eps), p.rate) for p in points(manifest, samples)],
+            points=[(s.units.show(p.eps), p.rate) for p in asked] if s.attacked else [],
+            brackets=brackets(s, samples, tuple(p.eps for p in asked)),
             confusions=confusions(samples),
             cards=cards,
             trouble=trouble,
@@ -155,15 +158,11 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
         yield "bad", stopped(s)
     if s.audit:
         yield "good" if not s.audit.broken else "plain", audited(s.audit)
-    if s.n:
+    if s.n and s.attacked:
         bound = "an attack that was not tried may find more" if s.eps is not None else "smaller changes may exist"
         yield "plain", f"An upper bound on the truth: {bound}."
-    if s.certified.value is not None:
-        yield (
-            "plain",
-            f"A lower bound as well: {text.percent(s.certified.value)} is proven, against every attack.",
-        )
-    if s.claimed is not None:
+    yield from _proofs(s)
+    if s.claimed is not None and s.attacked:
         yield _verified(s.claimed, s.rejected or 0)
     if s.passes:
         yield (
@@ -173,6 +172,24 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
                 f"{text.count(s.per_sample)} per {s.noun}, in {text.duration(s.seconds)}."
             ),
         )
+
+
+def _proofs(s: Summary) -> Iterator[tuple[str, str]]:
+    """Yield what a proof in this run says, and what it does not."""
+    if s.certified.value is not None:
+        also = "A lower bound as well" if s.attacked else "A lower bound on the truth"
+        yield "plain", f"{also}: {text.percent(s.certified.value)} is proven, against every attack."
+    if s.prove is not None and not s.attacked:
+        yield "plain", f"Nothing was attacked: what is not proven here may be robust, or not (method {s.method})."
+    if s.smoothed:
+        alpha = number(dig(s.prove, "alpha"))
+        yield (
+            "bad",
+            "This is about the smoothed classifier, which must be what is deployed; about the network itself it "
+            "says nothing.",
+        )
+        if alpha is not None:
+            yield "plain", f"Each radius holds with a probability of at least {100 * (1 - alpha):g} % over the noise."
 
 
 def _verified(claimed: int, rejected: int) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from assay.reports.text import Units
 from assay.runs import Curve, Run, exact_interval, totals
+from assay.runs.schema import UNATTACKED
 from assay.runs.totals import number, rows
 
 Manifest = Mapping[str, Any]
@@ -37,6 +38,7 @@ class Stage:
     seconds: float | None
     left: float | None
     share: float | None
+    proven: int | None = None
 
     @property
     def passes(self) -> int:
@@ -66,10 +68,11 @@ class ClassRow:
 @final
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The robust accuracy at one eps."""
+    """The robust accuracy at one eps, and the certified one where proofs were asked for."""
 
     eps: float
     rate: Rate
+    certified: Rate = Rate()
 
 
 @final
@@ -127,6 +130,29 @@ class Summary:
     names: tuple[str, ...]
     bounded: str
     audit: Audit | None
+    attacked: bool
+    prove: Manifest | None
+
+    @property
+    def open(self) -> Rate:
+        """The share that is neither proven nor broken, nor wrong as it is; nothing where no proofs were asked for."""
+        top, low = (self.robust if self.judged else self.clean).value, self.certified.value
+        return Rate() if top is None or low is None else _share(max(0.0, top - low), self.n, self.confidence)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a robust accuracy: something was attacked, within an eps."""
+        return self.eps is not None and self.attacked
+
+    @property
+    def method(self) -> str:
+        """How samples were proven; nothing where they were not."""
+        return str(dig(self.prove, "method") or "")
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether what is proven concerns the smoothed classifier, and not the network itself."""
+        return self.method == "smoothing"
 
     @property
     def units(self) -> Units:
@@ -181,7 +207,8 @@ def read(run: Run) -> tuple[Manifest, pa.Table]:
     known = dig(manifest, "totals")
     if whole(dig(known, "n")) == len(samples) and number(dig(known, "clean_accuracy")) is not None:
         return manifest, samples
-    counted = totals(samples, run.tallies(), eps=_eps(manifest), class_names=_names(manifest))
+    eps, attacked = _eps(manifest), _attacked(manifest)
+    counted = totals(samples, run.tallies(), eps=eps, class_names=_names(manifest), attacked=attacked)
     return {**manifest, "totals": counted}, samples
 
 
@@ -204,7 +231,7 @@ def summarize(manifest: Manifest) -> Summary:
         planned=whole(dig(manifest, "data", "n")),
         confidence=confidence,
         clean=_rate(known, "clean"),
-        robust=_rate(known, "robust") if eps is not None else Rate(),
+        robust=_rate(known, "robust") if eps is not None and _attacked(manifest) else Rate(),
         certified=_rate(known, "certified"),
         forwards=whole(dig(known, "passes", "forwards")),
         backwards=whole(dig(known, "passes", "backwards")),
@@ -217,17 +244,23 @@ def summarize(manifest: Manifest) -> Summary:
         names=_names(manifest),
         bounded=str(dig(manifest, "bounded") or "").rstrip("."),
         audit=_audit(manifest),
+        attacked=_attacked(manifest),
+        prove=proof if isinstance(proof := dig(manifest, "identity", "prove"), Mapping) else None,
     )
 
 
 def points(manifest: Manifest, samples: pa.Table) -> tuple[Point, ...]:
-    """Return the robust accuracy at each eps that was asked for, as far as the attack went."""
+    """Return what holds at each eps that was asked for, as far as the attack went."""
     limit, wanted = _eps(manifest), dig(manifest, "eps_list")
     asked = [number(v) for v in wanted] if isinstance(wanted, list | tuple) else []
     known = sorted({v for v in asked if v is not None and v >= 0 and (limit is None or v <= limit)})
     n, confidence = len(samples), _confidence(dig(manifest, "totals", "interval"))
     curve = Curve.of(samples["size"].to_numpy(), limit)
-    return tuple(Point(eps, _share(curve(eps), n, confidence)) for eps in known if n)
+    lower = np.where(is_right(samples), samples["lower"].to_numpy(), -1.0)
+    asked_for = dig(manifest, "identity", "prove") is not None
+    proven = {eps: _share(float((lower >= eps).mean()), n, confidence) for eps in known if n and asked_for}
+    robust = {eps: _share(curve(eps), n, confidence) for eps in known if n and _attacked(manifest)}
+    return tuple(Point(eps, robust.get(eps, Rate()), proven.get(eps, Rate())) for eps in known if n)
 
 
 def _share(share: float | None, n: int, confidence: float) -> Rate:
@@ -239,12 +272,13 @@ def _share(share: float | None, n: int, confidence: float) -> Rate:
 
 def _audit(manifest: Manifest) -> Audit | None:
     told = dig(manifest, "audit")
+    counted = whole(dig(told, "survivors"))
     attacked, broken = (max(0, whole(dig(told, key)) or 0) for key in ("attacked", "broken"))
     if not attacked:
         return None
     n, robust = whole(dig(manifest, "totals", "n")), number(dig(manifest, "totals", "robust_accuracy"))
     standing = None if n is None or robust is None or not 0 <= robust <= 1 else round(robust * n) + broken
-    survivors = standing if standing is not None and standing >= attacked else None
+    survivors = counted if counted else standing if standing is not None and standing >= attacked else None
     return Audit(attacked, broken, survivors, number(dig(told, "missed_at_most")), _confidence(told))
 
 
@@ -252,6 +286,10 @@ def _confidence(told: Any) -> float:
     """Return the confidence of what is told, 95 % where it does not say."""
     found = number(dig(told, "confidence"))
     return found if found is not None and 0 < found < 1 else 0.95
+
+
+def _attacked(manifest: Manifest) -> bool:
+    return bool(dig(manifest, "identity", "effort") != UNATTACKED)
 
 
 def _eps(manifest: Manifest) -> float | None:
@@ -287,6 +325,7 @@ def _stages(known: Any) -> tuple[Stage, ...]:
                 seconds=number(stage.get("seconds")),
                 left=max(0.0, 1 - fallen / n) if n else None,
                 share=cost / sum(costs) if sum(costs) else None,
+                proven=whole(stage.get("proven")),
             )
         )
     return tuple(stages)

@@ -70,6 +70,11 @@ def stopped(s: Summary) -> str:
 def _withstood(s: Summary) -> str:
     these = plural(s.n, s.noun) if s.complete else f"these {plural(s.n, s.noun)}"
     proven = f", and {percent(s.certified.value)} is proven" if s.certified.value is not None else ""
+    if not s.attacked:
+        return (
+            f"{_within(s)}, {s.model} is proven to classify {percent(s.certified.value)} of {these} correctly"
+            f"{_interval(s, s.certified)}; without an attacker it is {percent(s.clean.value)}."
+        )
     return (
         f"{_within(s)}, {s.model} still classifies {percent(s.robust.value)} of {these} correctly"
         f"{_interval(s, s.robust)}; without an attacker it is {percent(s.clean.value)}{proven}."
@@ -97,17 +102,28 @@ def _measured(s: Summary, samples: pa.Table | None) -> str:
     )
     norm = NORMS.get(s.norm, s.norm)
     middle = None if samples is None else median_size(samples)
+    said = [head]
     if middle is None:
-        return f"{head}; the run measured the smallest {norm} change that fools it on each of them."
-    if not np.isfinite(middle):
-        return f"{head}; no {norm} change that fools it was found for at least half of those."
-    return f"{head}; half of those are fooled by an {norm} change of {s.units.show(middle)} or less."
+        said.append(f"the run measured the smallest {norm} change that fools it on each of them")
+    elif s.prove is not None and samples is not None:
+        said.append(f"half of those are proven up to an {norm} change of {s.units.show(median_radius(samples))}")
+    if middle is not None and s.attacked:
+        no = f"no {norm} change that fools it was found for at least half of those"
+        some = f"half of those are fooled by an {norm} change of {s.units.show(middle)} or less"
+        said.append(some if np.isfinite(middle) else no)
+    return "; ".join(said) + "."
 
 
 def median_size(samples: pa.Table) -> float | None:
     """Return the size that fools half of the right samples; ``inf`` where so many were not fooled."""
     sizes = np.sort(samples["size"].to_numpy()[is_right(samples)])
     return float(sizes[(len(sizes) - 1) // 2]) if len(sizes) else None
+
+
+def median_radius(samples: pa.Table) -> float | None:
+    """Return the radius up to which half of the right samples are proven."""
+    lower = np.sort(samples["lower"].to_numpy()[is_right(samples)])
+    return float(lower[len(lower) // 2]) if len(lower) else None
 
 
 def print_run(run: Run | Manifest, console: Console) -> None:
@@ -133,13 +149,13 @@ def _rates(s: Summary) -> Table:
     grid.add_column(style="dim")
     grid.add_column(justify="right")
     grid.add_column(style="dim")
-    for name, r in (("clean", s.clean), ("robust", s.robust), ("proven", s.certified)):
+    for name, r in (("clean", s.clean), ("robust", s.robust), ("proven", s.certified), ("open", s.open)):
         if r.value is not None:
             grid.add_row(name, Text(percent(r.value), style="bold"), span(r.low, r.high) if r.low is not None else "")
     each = f"{count(s.forwards)} forward, {count(s.backwards)} backward" if s.passes is not None else ""
     grid.add_row("passes per sample", count(s.per_sample), each)
     grid.add_row("time", duration(s.seconds), "")
-    if s.claimed is not None:
+    if s.claimed is not None and s.attacked:
         rejected = f"{count(s.rejected)} of {count(s.claimed)} claims rejected" if s.rejected else ""
         grid.add_row("verified", count(s.claimed - (s.rejected or 0)), rejected)
     return grid
@@ -152,22 +168,28 @@ def plain_table(**options: bool) -> Table:
 
 def _point_table(s: Summary, asked: Iterable[Point]) -> Table:
     table = plain_table()
-    for head in ("eps", "robust", "interval"):
+    proofs = s.prove is not None
+    for head in ("eps", *(("proven", "interval") if proofs else ()), *(("robust", "interval") if s.attacked else ())):
         table.add_column(head, justify="right", no_wrap=True)
     for p in asked:
-        table.add_row(s.units.show(p.eps), percent(p.rate.value), span(p.rate.low, p.rate.high))
+        rates = [*([p.certified] if proofs else []), *([p.rate] if s.attacked else [])]
+        cells = (cell for r in rates for cell in (percent(r.value), span(r.low, r.high)))
+        table.add_row(s.units.show(p.eps), *cells)
     return table
 
 
 def _stage_table(s: Summary) -> Table:
     table = plain_table()
     table.add_column("stage", no_wrap=True)
-    for head in ("entered", "broken", "still right", "passes each", "share", "time"):
+    proofs = any(stage.proven is not None for stage in s.stages)
+    heads = ("entered", *(["proven"] if proofs else []), "broken", "still right", "passes each", "share", "time")
+    for head in heads:
         table.add_column(head, justify="right", overflow="fold")
     for stage in s.stages:
         table.add_row(
             Text(stage.name),
             count(stage.entered),
+            *(["" if stage.proven is None else count(stage.proven)] if proofs else []),
             count(stage.broken),
             percent(stage.left),
             count(stage.per_sample(stage.passes)),

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from assay.core.errors import RunError
-from assay.runs.schema import ROBUST
+from assay.runs.schema import ROBUST, UNATTACKED
 from assay.runs.store import Run
 
 Flags: TypeAlias = NDArray[np.bool_]
@@ -121,7 +121,7 @@ def compare(a: Run | str | os.PathLike[str], b: Run | str | os.PathLike[str], co
         raise RunError("two runs with samples in common", f"{held} samples, none in both", "Let the runs go on.")
     sides = [_side(run, len(table)) for run, table in zip(runs, tables, strict=True)]
     identities = [_identity(run) for run in runs]
-    bounded = all(_threat(i).get("eps") is not None for i in identities)
+    bounded = all(_threat(i).get("eps") is not None and i.get("effort") != UNATTACKED for i in identities)
     alike = len({(_threat(i).get("norm"), _threat(i).get("eps")) for i in identities}) == 1
     right = [_status(t) != "misclassified" for t in (first, second)]
     robust = [_status(t) == ROBUST for t in (first, second)]

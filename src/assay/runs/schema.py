@@ -10,6 +10,10 @@ VERSION: Final = 1
 Status: TypeAlias = Literal["robust", "fooled", "misclassified"]
 
 ROBUST: Final = "robust"
+"""Right, and not fooled: proven so where ``certified`` says it."""
+
+UNATTACKED: Final = "none"
+"""The effort of a run that attacks nothing: it has proofs, and no robust accuracy."""
 
 SAMPLES: Final = pa.schema(
     [
@@ -32,5 +36,6 @@ SAMPLES: Final = pa.schema(
 """One row a sample.
 
 ``margin`` is the label's clean logit minus the largest other; ``size`` the size of the smallest verified perturbation
-that fools: 0 for a sample that is wrong as it is, inf where none was found. ``lower <= true <= upper`` is the bracket.
+that fools: 0 for a sample that is wrong as it is, inf where none was found. ``lower <= true <= upper`` is the bracket:
+``lower`` is proven, 0 where nothing is. ``certified`` says whether the eps of the run is, null where nobody asked.
 """

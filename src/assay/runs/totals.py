@@ -20,6 +20,7 @@ def totals(
     *,
     eps: float | None,
     class_names: Sequence[str] | None,
+    attacked: bool = True,
     probe: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return all figures of a run as plain JSON.
@@ -32,12 +33,14 @@ def totals(
         tallies: what each batch cost, as :meth:`assay.runs.Run.tallies` yields it.
         eps: of the threat; None where the smallest change of each sample was searched.
         class_names: by label, as far as there are any.
+        attacked: whether anything was attacked: without that there is no robust accuracy.
         probe: ``forwards`` and ``backwards`` that were spent on the model as a whole, not on samples.
     """
     n, status = len(table), _column(table, "status")
     proven = table["certified"].drop_null().to_pylist()
     hits = {"clean": n - int((status == "misclassified").sum())}
-    if eps is not None:
+    bounded = eps is not None and attacked
+    if bounded:
         hits["robust"] = int((status == ROBUST).sum())
     if proven:
         hits["certified"] = sum(proven)
@@ -49,7 +52,7 @@ def totals(
         "interval": {"confidence": _CONFIDENCE} | {w: [*exact_interval(k, n, _CONFIDENCE)] for w, k in hits.items()},
         "passes": {c: int(_column(table, c).sum()) + (probe or {}).get(c, 0) for c in ("forwards", "backwards")},
         **{key: _sum(told, key) for key in ("seconds", "claimed", "rejected", "survive_8bit")},
-        "per_class": _classes(_column(table, "label"), status, eps, class_names or ()),
+        "per_class": _classes(_column(table, "label"), status, class_names or (), bounded=bounded),
         "stages": _stages(told),
     }
 
@@ -76,9 +79,7 @@ def _sum(told: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return sum(found) if found or not told else None
 
 
-def _classes(
-    label: NDArray[Any], status: NDArray[Any], eps: float | None, names: Sequence[str]
-) -> list[dict[str, Any]]:
+def _classes(label: NDArray[Any], status: NDArray[Any], names: Sequence[str], *, bounded: bool) -> list[dict[str, Any]]:
     """Return clean and robust accuracy class by class."""
     classes, place, sizes = np.unique(label, return_inverse=True, return_counts=True)
     clean, robust = (np.bincount(place, hits) / sizes for hits in (status != "misclassified", status == ROBUST))
@@ -88,7 +89,7 @@ def _classes(
             "name": names[c] if 0 <= c < len(names) else str(c),
             "n": int(sizes[i]),
             "clean": float(clean[i]),
-            "robust": None if eps is None else float(robust[i]),
+            "robust": float(robust[i]) if bounded else None,
         }
         for i, c in enumerate(classes)
     ]
@@ -102,7 +103,9 @@ def _stages(told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             by_name.setdefault(str(stage.get("name", "?")), []).append(stage)
     columns = ("entered", "broken", "forwards", "backwards", "seconds")
     return [
-        {"name": n, "kind": same[0].get("kind"), "last": _last(same)} | {c: _sum(same, c) for c in columns}
+        {"name": n, "kind": same[0].get("kind"), "last": _last(same)}
+        | {c: _sum(same, c) for c in columns}
+        | ({"proven": _sum(same, "proven")} if "proven" in same[0] else {})
         for n, same in by_name.items()
     ]
 

@@ -1,1 +1,1 @@
-"""Two small MNIST networks that ship with the package, one trained plainly and one to be robust."""
+"""Three small MNIST networks that ship with the package, trained plainly, to be robust, and to be provably so."""

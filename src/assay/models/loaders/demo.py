@@ -11,7 +11,7 @@ from assay.models.demo import nets
 from assay.models.loaders import weights
 from assay.models.loaders.request import Loaded, Request
 
-NETS = {"mnist-plain": nets.mnist_cnn, "mnist-robust": nets.mnist_cnn}
+NETS = dict.fromkeys(("mnist-plain", "mnist-robust", "mnist-certified"), nets.mnist_cnn)
 
 
 def load(r: Request) -> Loaded:

@@ -16,6 +16,7 @@ from assay.threats.threat import Box
 # beside this one whose ``load(request)`` returns a Loaded or a Model. It is imported only when it is needed.
 FORMS: dict[str, str] = {
     ".ckpt": "pickled",
+    ".onnx": "onnx",
     ".pt": "pickled",
     ".pt2": "exported",
     ".pth": "pickled",
@@ -24,9 +25,11 @@ FORMS: dict[str, str] = {
     "demo:": "demo",
     "py:": "named",
 }
-LATER = (".onnx", ".keras", "timm:", "hf:")
+LATER = (".keras", "timm:", "hf:")
 
-_FORMS_TEXT = "a model file (.pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
+_FORMS_TEXT = (
+    "a model file (.onnx, .pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
+)
 
 
 def load_model(
@@ -41,9 +44,10 @@ def load_model(
     """Load a model in any form that is understood.
 
     Args:
-        source: ``.pt2`` (a program of ``torch.export``); weights as ``.safetensors``, or as a state dict in
-            ``.pth``, ``.pt``, ``.th`` or ``.ckpt``, with ``arch``; ``py:module:callable`` that returns a
-            network or a :class:`Model`; ``demo:mnist-plain``, ``demo:mnist-robust``.
+        source: ``.onnx`` (needs the extra ``assay[onnx]``); ``.pt2`` (a program of ``torch.export``); weights as
+            ``.safetensors``, or as a state dict in ``.pth``, ``.pt``, ``.th`` or ``.ckpt``, with ``arch``;
+            ``py:module:callable`` that returns a network or a :class:`Model`; ``demo:mnist-plain``,
+            ``demo:mnist-robust``.
         arch: builds the network that weights belong to: ``module:callable``, ``demo:NAME``, or the callable.
         box: the input domain before normalisation.
         mean: per channel, applied inside the model.
@@ -52,6 +56,7 @@ def load_model(
 
     Raises:
         ModelError: the file is not there, damaged, not understood, would run code, or does not fit ``arch``.
+        MissingExtraError: the form needs packages that are not installed.
 
     Example:
         >>> import torch
