@@ -343,7 +343,7 @@ def test_py_names_a_function_that_returns_a_network_or_a_model(user_module):
     refused("py:nets_of_nobody:net", "No module named 'nets_of_nobody'")
 
 
-@pytest.mark.parametrize("name", ["mnist-plain", "mnist-robust"])
+@pytest.mark.parametrize("name", ["mnist-plain", "mnist-robust", "mnist-certified"])
 def test_demo_models_are_good_at_demo_data(name):
     model = assay.load_model(f"demo:{name}")
     x, y = next(iter(assay.load_data("demo:mnist", limit=200)))
@@ -355,7 +355,7 @@ def test_an_unknown_demo_model():
     refused("demo:mnist-robst", "Did you mean 'mnist-robust'?")
 
 
-@pytest.mark.parametrize("source", ["a.onnx", "a.keras", "timm:resnet18", "hf:some/name"])
+@pytest.mark.parametrize("source", ["a.keras", "timm:resnet18", "hf:some/name"])
 def test_later_forms_are_refused_with_a_way_round(source):
     refused(source, "not understood yet", ".safetensors", "py:module:callable")
 

@@ -1,6 +1,7 @@
 """From a region to margins: interval bounds, CROWN-IBP, CROWN and optimised slopes, each a refinement of the former."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -99,10 +100,11 @@ def _like(mask: Tensor, t: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (t.ndim - mask.ndim))
 
 
-def refine(bounds: Bounds, ascent: Ascent | None = None) -> None:
+def refine(bounds: Bounds, ascent: Ascent | None = None, deadline: float = math.inf) -> None:
     """Tighten the inputs of every step that is not affine, in order, by backward passes (CROWN).
 
-    Only entries where that matters: a ReLU whose sign is known is exact already.
+    Only entries where that matters: a ReLU whose sign is known is exact already. After the ``deadline``, on the clock
+    ``time.monotonic``, the intervals at hand have to do.
     """
     exact = exact_by_intervals(bounds)
     for step in bounds.graph.steps:
@@ -111,7 +113,7 @@ def refine(bounds: Bounds, ascent: Ascent | None = None) -> None:
         for k, i in enumerate(step.inputs):
             wanted = step.rule.loose(*(bounds.pairs[j] for j in step.inputs))[k]
             if i not in exact and wanted.any():
-                tighten(bounds, i, wanted, ascent)
+                tighten(bounds, i, wanted, ascent, deadline)
                 bounds.forward()
 
 
@@ -128,7 +130,7 @@ def exact_by_intervals(bounds: Bounds) -> set[int]:
     return exact
 
 
-def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None) -> None:
+def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None, deadline: float = math.inf) -> None:
     """Bound the ``wanted`` (n, *shape) entries of step v by backward passes, and keep what is better."""
     n = len(wanted)
     low, high = (t.flatten(1).clone() for t in bounds.pairs[v])
@@ -139,13 +141,15 @@ def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None
     begin = 0
     while begin < n:
         count = int(mask[order[begin]].sum())
-        if count == 0:
+        if count == 0 or time.monotonic() > deadline:
             break
         together = max(1, most // (2 * count))
         rows = order[begin : begin + together]
         places = mask[rows].double().argsort(dim=1, descending=True, stable=True)[:, :count]
         part = bounds.take(rows)
         for at in torch.split(places, max(1, most // (2 * len(rows))), 1):
+            if time.monotonic() > deadline:
+                break
             entries = _entries(at, wanted.shape[1:], low.dtype)
             found = part.lower(v, entries) if ascent is None else ascent(part, v, entries)[0]
             below, above = found[:, : at.shape[1]], -found[:, at.shape[1] :]

@@ -1,5 +1,6 @@
 """Lower bounds of margins: methods in order of their strength, each only for what the ones before left open."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +87,12 @@ class Prover:
         """The graph that is searched with; nothing is claimed by it."""
         return self.program.graph(torch.float32, self.device or "cpu")
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The methods that are tried, in order; ``complete`` begins with what ``alpha`` does."""
+        upto = METHODS[: METHODS.index(self.method) + 1]
+        return tuple(m for m in upto if m != "alpha" or m == self.method)
+
     def margins(self, x: Tensor, y: Tensor, radius: Tensor, norm: str, tell: Tell = ignore) -> Tensor:
         """Return lower bounds (n, c) of ``logit_y - logit_j`` over the ball of each sample, infinite for j = y.
 
@@ -107,7 +114,7 @@ class Prover:
         region = Region.ball(x.to(self.device), radius.to(self.device), norm, box.lo, box.hi)
         y = y.to(self.device)
         found = torch.full((len(x), self.exact.classes), -torch.inf, dtype=torch.float64, device=self.device)
-        for method in METHODS[: METHODS.index(self.method) + 1]:
+        for method in self.stages:
             rest = (found.amin(1) <= 0).nonzero().squeeze(1)
             if not len(rest):
                 break
@@ -121,38 +128,39 @@ class Prover:
     @torch.no_grad()
     def _by(self, method: str, region: Region, y: Tensor, known: Tensor) -> Tensor:
         """Return margins (n, c) by one method alone; for the slow ones n is 1."""
-        begin = time.monotonic()
+        end = time.monotonic() + (self.seconds if method == "complete" else math.inf)
         graph, c = self.exact, differences(y, self.exact.classes).to(self.device)
         bounds = Bounds.by_intervals(graph, region, self.arithmetic)
         if method in ("ibp", "crown-ibp"):
             margins = bounds.lower(graph.out, c, since=graph.out if method == "ibp" else 0)
         else:
-            refine(bounds)
+            refine(bounds, deadline=_half_way(end))
             margins = bounds.lower(graph.out, c)
         if method in ("alpha", "complete"):
             open_ = ((known <= 0) & (margins <= 0))[0].nonzero().squeeze(1)
-            margins[0, open_] = self._searched(method, bounds, c[:, open_], begin)
+            margins[0, open_] = self._searched(method, bounds, c[:, open_], end)
         if graph.softmax:
             margins = margins - _SOFTMAX_GAP
         return margins.scatter(1, y[:, None], torch.inf)
 
-    def _searched(self, method: str, bounds: Bounds, c: Tensor, begin: float) -> Tensor:
+    def _searched(self, method: str, bounds: Bounds, c: Tensor, end: float) -> Tensor:
         """Return lower bounds (s,) of c (1, s, 1, c) on one region, with optimised slopes or by splitting."""
-        out = bounds.graph.out
         if method == "complete" and bounds.region.norm == "linf" and bounds.region.x[0].numel() <= FEW:
             claims = c[0, :, 0][:, None], c.new_zeros(c.shape[1], 1)
-            return halve(bounds.graph, bounds.region, claims, begin + self.seconds, self.arithmetic)
+            return halve(bounds.graph, bounds.region, claims, end, self.arithmetic)
+        out, how = bounds.graph.out, self.ascent
         try:
-            skeleton = fold(bounds, self.ascent.steps, self.ascent.rate)
-        except (NotLinesError, TooLargeError):
-            refine(bounds, self.ascent)
-            return self.ascent(bounds, out, c)[0][0]
+            skeleton = fold(bounds, how.steps, how.rate, _half_way(end))
+        except NotLinesError:
+            refine(bounds, how, _half_way(end))
+            return how(bounds, out, c)[0][0]
+        except TooLargeError:
+            return how(bounds, out, c)[0][0]
         rows = express(bounds, skeleton.layers, out, c)
-        lower, _ = best_of(skeleton, rows, 2 * self.ascent.steps, self.ascent.rate)
+        lower, _ = best_of(skeleton, rows, 2 * how.steps, how.rate)
         if method == "complete" and (lower <= 0).any():
             rest = (lower <= 0).nonzero().squeeze(1)
-            found = self.search(skeleton, rows.take(rest), begin + self.seconds).lower
-            lower[rest] = torch.maximum(lower[rest], found)
+            lower[rest] = torch.maximum(lower[rest], self.search(skeleton, rows.take(rest), end).lower)
         return lower
 
     @property
@@ -180,10 +188,12 @@ class BoxProver:
         low, high = (torch.from_numpy(t).to(device).view(1, *self.prover.shape) for t in (lo, hi))
         c, least = torch.from_numpy(a).to(device), torch.from_numpy(b).to(device)
         region = Region.between(low, high)
+        if graph.softmax:
+            return False  # bounds are of what goes into it
         if region.x[0].numel() <= FEW:
             found = halve(graph, region, (c[None], least[None]), deadline, self.prover.arithmetic)
             return bool(found > 0)
-        self._prepare(region, (lo.tobytes(), hi.tobytes()))
+        self._prepare(region, (lo.tobytes(), hi.tobytes()), deadline)
         assert self._bounds is not None
         if (self._bounds.lower(graph.out, c[None, :, None]) > least).any():
             return True
@@ -195,14 +205,21 @@ class BoxProver:
         claims = torch.arange(len(c), device=device)[None]
         return bool(self.prover.search(self._skeleton, rows, deadline, claims).lower > 0)
 
-    def _prepare(self, region: Region, box: tuple[bytes, bytes]) -> None:
+    def _prepare(self, region: Region, box: tuple[bytes, bytes], deadline: float) -> None:
         if self._box == box:
             return
         self._box, self._skeleton = box, None
         self._bounds = Bounds.by_intervals(self.prover.exact, region, self.prover.arithmetic)
-        refine(self._bounds)
+        refine(self._bounds, deadline=_half_way(deadline))
         with suppress(NotLinesError, TooLargeError):
-            self._skeleton = fold(self._bounds, self.prover.ascent.steps, self.prover.ascent.rate)
+            how = self.prover.ascent
+            self._skeleton = fold(self._bounds, how.steps, how.rate, _half_way(deadline))
+
+
+def _half_way(end: float) -> float:
+    """Return the moment at which half of the time until ``end`` is spent."""
+    now = time.monotonic()
+    return now + (end - now) / 2
 
 
 _TOGETHER = 16

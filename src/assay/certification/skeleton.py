@@ -6,6 +6,7 @@ Every entry of another function, and every window of a max pooling without a sur
 """
 
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -127,11 +128,12 @@ _MOST = 2**27
 """Entries of all matrices together: 1 GiB in float64."""
 
 
-def fold(bounds: Bounds, steps: int, rate: float) -> Skeleton:
+def fold(bounds: Bounds, steps: int, rate: float, deadline: float = math.inf) -> Skeleton:
     """Fold the settled neurons of one region (``bounds`` of one sample), tightening the inputs of the open ones.
 
     Their bounds are optimised over the slopes of the layers before, each for itself: the alpha of alpha-CROWN (Xu et
     al. 2021, arXiv:2011.13824) for intermediate bounds, in the order of the network. ``bounds`` are tightened too.
+    After the ``deadline``, on the clock ``time.monotonic``, nothing more is tightened.
 
     Raises:
         NotLinesError: the network has a step that lines of one variable do not bound.
@@ -149,7 +151,7 @@ def fold(bounds: Bounds, steps: int, rate: float) -> Skeleton:
             raise TooLargeError
         (i,) = step.inputs
         rows = express(bounds, layers, i, _chosen(places, bounds.graph.steps[i].shape, bounds.graph.dtype))
-        if layers:
+        if layers and time.monotonic() < deadline:
             _tighten(bounds, i, places, Skeleton(tuple(layers), bounds.region), rows, steps, rate)
             known = dict(zip(entries.tolist(), range(len(entries)), strict=True))
             entries, places = _open(bounds, v)

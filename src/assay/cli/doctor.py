@@ -16,7 +16,7 @@ from assay.cli import options as o
 _NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "jinja2", "rich", "typer")
 _OPTIONAL: Final = {
     "torchvision": "pip install torchvision (of the release that belongs to your torch)",
-    "onnx": "support for .onnx comes in a later version",
+    "onnx": "pip install 'assay[onnx]' (with onnxruntime, onnx2torch and onnx2pytorch), to read .onnx files",
     "keras": "support for .keras comes in a later version",
     "timm": "support for timm: comes in a later version",
     "transformers": "support for hf: comes in a later version",
