@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -194,6 +195,15 @@ def test_bisection_keeps_the_largest_that_held():
     assert asked == [(k, 4) for k in range(10)]
 
 
+def test_bisection_goes_on_from_what_is_known():
+    true = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    known = torch.tensor([0.25, 0.7], dtype=torch.float64)
+    found = bisect(lambda rows, radius, _: radius <= true[rows], torch.ones(2, dtype=torch.float64), 10, known)
+    assert (known <= found).all()
+    assert (found <= true).all()
+    assert (true - found <= 2**-10).all()
+
+
 def test_whole_radii_end_when_there_is_nothing_between():
     true = torch.tensor([0.0, 3.0, 9.0], dtype=torch.float64)
     found = bisect(lambda rows, radius, _: radius <= true[rows], torch.full((3,), 9.0).double(), 20, whole=True)
@@ -204,6 +214,30 @@ def test_a_radius_is_zero_where_the_model_is_wrong(line):
     net, x, y = line
     r = assay.certified_radius(assay.Model(net, box=(-9, 9)), x, 1 - y, upper=0.1, steps=3)
     assert r.tolist() == [0.0] * len(x)
+
+
+@pytest.fixture(scope="module")
+def crooked():
+    """A small random network, of more inputs than are halved, for which lines are loose."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    x = torch.rand(4, 16)
+    return net, x, net(x).argmax(1)
+
+
+def test_a_search_goes_on_from_where_optimised_slopes_end(crooked):
+    lower, upper = assay.bracket(*crooked, method="alpha")
+    found, _ = assay.bracket(*crooked, method="complete", seconds=20)
+    assert (found >= lower).all()
+    assert (found > lower + 0.01 * upper).any()
+    assert (found < upper).all()
+
+
+def test_the_time_of_a_radius_is_for_all_its_steps(crooked):
+    net, x, y = crooked
+    begin = time.monotonic()
+    assay.certified_radius(net, x, y, method="complete", upper=1.0, steps=50, seconds=0.2)
+    assert time.monotonic() - begin < 50 * 0.2 * len(x) / 2
 
 
 # brackets

@@ -11,7 +11,7 @@ from assay.certification.graph import record
 from assay.certification.operators import LOWERINGS, name_of
 from assay.core.errors import ModelError
 from assay.models import Model
-from bound_cases import CASES, MAPS, Case, Net, ball, check_sound, normal, recorded
+from bound_cases import CASES, Case, Net, ball, check_sound, normal, recorded
 
 seen: set[str] = set()
 
@@ -75,7 +75,9 @@ REFUSED = {
     "upsample_bicubic2d": lambda x: F.interpolate(x.view(1, 1, 2, 2), scale_factor=2, mode="bicubic").flatten(1),
     "avg_pool2d": lambda x: F.avg_pool2d(x.view(1, 1, 2, 2), 1, divisor_override=-1).flatten(1),
     "max_pool2d": lambda x: F.max_pool2d(x.view(1, 2, 2), 1).flatten(1),
-    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 2)] * 3, is_causal=True)[0, :1],
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 2)] * 3, is_causal=True)[
+        0, :1
+    ],
     "finite": lambda x: x.masked_fill(torch.tensor([True, False, False, False]), -torch.inf),
     "batch axis": lambda x: x - x.mean(),
 }
@@ -100,7 +102,9 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
         recorded(nn.BatchNorm1d(4, track_running_stats=False), (4, 3))
 
 
-@pytest.mark.parametrize("f", [lambda x: x + torch.rand(4), lambda x: x + torch.rand_like(x), lambda x: x * torch.empty(4)])
+@pytest.mark.parametrize(
+    "f", [lambda x: x + torch.rand(4), lambda x: x + torch.rand_like(x), lambda x: x * torch.empty(4)]
+)
 def test_random_networks_are_refused(f: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ModelError, match=r"rand|empty"):
         recorded(module(f), (4,))
@@ -126,7 +130,7 @@ class Counts(nn.Module):
 
 
 def test_networks_with_a_memory_are_refused() -> None:
-    with pytest.raises(ModelError, match="writes to net.calls"):
+    with pytest.raises(ModelError, match=r"writes to net\.calls"):
         recorded(Counts().eval(), (4,))
 
 
@@ -136,7 +140,7 @@ def test_arguments_outside_the_domain_are_refused_with_their_bounds() -> None:
     program = recorded(Net(torch.log, (3,), positive=True).eval(), (3,))
     wide = ball((3,), "linf")
     with pytest.raises(ModelError, match="outside-domain"):
-        check_sound(recorded(module(lambda x: torch.log(x)), (3,)), wide)
+        check_sound(recorded(module(torch.log), (3,)), wide)
     check_sound(program, wide)
 
 

@@ -36,13 +36,20 @@ class Slopes(dict[int, Tensor]):
 @final
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """How the network computes. ``unit`` is the largest relative error of one operation; 0 for real numbers."""
+    """How the network computes.
+
+    Args:
+        name: how it is called.
+        unit: the largest relative error of an addition or a multiplication.
+        stored: the largest relative error of keeping a number between two operations, beyond that.
+    """
 
     name: str
     unit: float
+    stored: float = 0.0
 
     def gamma(self, terms: int) -> float:
-        """Return the largest relative error of a sum of products (Higham 2002, sec. 3.1).
+        """Return the largest relative error of a sum of products (Higham 2002, sec. 3.1); 0 for no terms.
 
         Raises:
             ModelError: so many terms may add up to an error of any size.
@@ -51,14 +58,16 @@ class Arithmetic:
             raise ModelError(
                 f"sums of fewer than {0.5 / self.unit:.0f} terms, as each may be off by {self.unit:.2g} in {self.name}",
                 f"a layer that adds up {terms}",
-                "Claim less: --arithmetic float32, or real for the exact network.",
+                "Claim it for real numbers (--arithmetic real).",
                 code="arithmetic-too-coarse",
             )
-        return _gamma(terms, self.unit)
+        kept = (1 + self.stored) ** 3 if terms else 1.0  # both operands, and the result
+        return kept * (1 + _gamma(terms, self.unit)) - 1
 
 
 FLOAT32, REAL = Arithmetic("float32", 2.0**-24), Arithmetic("real", 0.0)
-TF32, BFLOAT16 = Arithmetic("tf32", 2.0**-11), Arithmetic("bfloat16", 2.0**-8)
+# Both round what is multiplied, and add up in float32.
+TF32, BFLOAT16 = Arithmetic("tf32", 2.0**-24, 2.0**-11), Arithmetic("bfloat16", 2.0**-24, 2.0**-8)
 ARITHMETICS = {a.name: a for a in (FLOAT32, REAL, TF32, BFLOAT16)}
 
 
@@ -107,7 +116,7 @@ class Bounds:
         guard = _gamma((1 if v else 4) * math.prod(step.shape) + 64, own)  # the input's minimum takes more operations
         if not isinstance(step.rule, Affine):
             ulps = 0.0 if step.rule is None else step.rule.ulps
-            return most * (2 * self.arithmetic.unit * ulps + guard)
+            return most * (2 * self.arithmetic.unit * ulps + self.arithmetic.stored + guard)
         inputs = [torch.maximum(low.abs(), high.abs()) for low, high in (self.pairs[i] for i in step.inputs)]
         terms = step.rule.terms
         share = self.arithmetic.gamma(terms) + _gamma(terms + math.prod(step.shape) + 8, own)

@@ -165,7 +165,7 @@ class _Tree:
         """Split each part at the best of a few neurons."""
         if not len(parts.row):
             return parts
-        chosen = self._score(parts).topk(min(self.how.candidates, parts.signs.shape[1]), 1).indices
+        scores, chosen = self._score(parts).topk(min(self.how.candidates, parts.signs.shape[1]), 1)
         n, c = chosen.shape
         trial = parts.take(torch.arange(n, device=chosen.device).repeat_interleave(2 * c))
         sides = torch.tensor([1, -1], dtype=torch.int8, device=chosen.device).repeat(n * c)
@@ -173,6 +173,7 @@ class _Tree:
         trial = trial._replace(signs=signs)
         with torch.no_grad():
             found = self.quick.lower(self.quick_rows.take(trial.row), self._state(trial, torch.float32)).view(n, c, 2)
+        found = found.masked_fill(scores[..., None] < 0, -torch.inf)  # a part may have fewer neurons to split
         # What counts is the worse side; the better one breaks ties.
         best = (found.amin(2) + 0.1 * found.amax(2).clamp(max=0)).argmax(1)
         kept = (torch.arange(n, device=chosen.device) * c + best)[:, None] * 2 + torch.arange(2, device=chosen.device)

@@ -17,6 +17,7 @@ from assay.certification.branch import Search
 from assay.certification.graph import Graph, Program, record
 from assay.certification.inputs import FEW, halve
 from assay.certification.methods import Ascent, refine
+from assay.certification.pieces import in_pieces
 from assay.certification.region import Region
 from assay.certification.skeleton import NotLinesError, Skeleton, TooLargeError, best_of, express, fold
 from assay.core.errors import ModelError, ThreatError
@@ -160,11 +161,14 @@ class Prover:
         lower, _ = best_of(skeleton, rows, 2 * how.steps, how.rate)
         if method == "complete" and (lower <= 0).any():
             rest = (lower <= 0).nonzero().squeeze(1)
-            lower[rest] = torch.maximum(lower[rest], self.search(skeleton, rows.take(rest), end).lower)
+            bounds, skeleton = _in_pieces(bounds, skeleton, how, end)
+            rows = express(bounds, skeleton.layers, bounds.graph.out, c[:, rest])
+            lower[rest] = torch.maximum(lower[rest], self.search(skeleton, rows, end).lower)
         return lower
 
     @property
     def ascent(self) -> Ascent:
+        """How slopes are optimised."""
         return Ascent(self.quick)
 
 
@@ -195,12 +199,12 @@ class BoxProver:
             return bool(found > 0)
         self._prepare(region, (lo.tobytes(), hi.tobytes()), deadline)
         assert self._bounds is not None
-        if (self._bounds.lower(graph.out, c[None, :, None]) > least).any():
+        out = self._bounds.graph.out
+        if (self._bounds.lower(out, c[None, :, None]) > least).any():
             return True
         if self._skeleton is None:
-            ascent = self.prover.ascent
-            return bool((ascent(self._bounds, graph.out, c[None, :, None])[0] > least).any())
-        rows = express(self._bounds, self._skeleton.layers, graph.out, c[None, :, None])
+            return bool((self.prover.ascent(self._bounds, out, c[None, :, None])[0] > least).any())
+        rows = express(self._bounds, self._skeleton.layers, out, c[None, :, None])
         rows = rows._replace(constant=rows.constant - least)
         claims = torch.arange(len(c), device=device)[None]
         return bool(self.prover.search(self._skeleton, rows, deadline, claims).lower > 0)
@@ -213,7 +217,21 @@ class BoxProver:
         refine(self._bounds, deadline=_half_way(deadline))
         with suppress(NotLinesError, TooLargeError):
             how = self.prover.ascent
-            self._skeleton = fold(self._bounds, how.steps, how.rate, _half_way(deadline))
+            skeleton = fold(self._bounds, how.steps, how.rate, _half_way(deadline))
+            self._bounds, self._skeleton = _in_pieces(self._bounds, skeleton, how, deadline)
+
+
+def _in_pieces(bounds: Bounds, skeleton: Skeleton, how: Ascent, end: float) -> tuple[Bounds, Skeleton]:
+    """Return bounds and skeleton of the network in pieces that can be split; what is given where it has no others."""
+    if (pieces := in_pieces(bounds.graph, bounds.region.x.device)) is None:
+        return bounds, skeleton
+    parts = Bounds.by_intervals(pieces.graph, bounds.region, bounds.arithmetic)
+    parts.forward(dict(zip(pieces.places, bounds.pairs, strict=True)))
+    refine(parts, deadline=_half_way(end))
+    try:
+        return parts, fold(parts, how.steps, how.rate, _half_way(end))
+    except TooLargeError:
+        return bounds, skeleton
 
 
 def _half_way(end: float) -> float:
@@ -229,7 +247,7 @@ _TOGETHER = 16
 def _check_precision(model: Model, arithmetic: Arithmetic) -> None:
     """Refuse to claim for an arithmetic that is finer than the parameters of the network."""
     kinds = {p.dtype for p in model.module.parameters() if p.is_floating_point()} if model.module is not None else set()
-    coarse = [d for d in kinds if torch.finfo(d).eps / 2 > max(arithmetic.unit, FLOAT32.unit)]
+    coarse = [d for d in kinds if torch.finfo(d).eps / 2 > max(arithmetic.stored, FLOAT32.unit)]
     if coarse:
         raise ModelError(
             f"a network whose parameters are as precise as {arithmetic.name}",

@@ -1,5 +1,6 @@
 """How far a proof reaches, by bisection; and the bracket: proven from below, broken from above."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -52,7 +53,9 @@ def certified_radius(
 
     ``upper``, (n,) or a number, is the largest radius that is tried; None stands for all that the box holds. The size
     of an adversarial perturbation saves steps. Each of the ``steps`` costs one proof a sample; the result is within
-    upper / 2^steps of the largest radius that the method proves. ``seconds`` are for ``complete``, a sample and step.
+    upper / 2^steps of the largest radius that the method proves. For ``complete`` the bisection goes on from what
+    ``alpha`` proves, each sample for itself; ``seconds`` are for all that a sample takes, so that the last steps of a
+    hard one are not made.
 
     The other arguments and all errors are those of :func:`assay.certify`.
 
@@ -114,12 +117,15 @@ def bracket(
     return Bracket(lower, upper)
 
 
-def bisect(holds: Holds, upper: PerSample, steps: int, *, whole: bool = False) -> PerSample:
-    """Return the largest radius (n,) for which a step of the bisection of [0, upper] found that it ``holds``.
+def bisect(
+    holds: Holds, upper: PerSample, steps: int, lower: PerSample | None = None, *, whole: bool = False
+) -> PerSample:
+    """Return the largest radius (n,) for which a step of the bisection of [lower, upper] found that it ``holds``.
 
-    With ``whole``, radii are whole numbers (l0), and ``upper`` itself is tried where nothing else is left.
+    ``lower``, 0 if not given, is known to hold. With ``whole``, radii are whole numbers (l0), and ``upper`` itself is
+    tried where nothing else is left.
     """
-    lower = torch.zeros_like(upper)
+    lower = torch.zeros_like(upper) if lower is None else lower.clone()
     upper = upper.floor() + 1 if whole else upper.clone()
     for step in range(steps):
         middle = (lower + upper) / 2
@@ -145,10 +151,44 @@ def _radius(case: Case, upper: Any, steps: int) -> PerSample:
     most = most.expand(len(case.x)).clamp(0, _most(case))
     lower = torch.zeros(len(case.x), dtype=torch.float64)
     for rows in case.parts():
-
-        def holds(at: Labels, radius: PerSample, step: int, rows: Labels = rows) -> Mask:
-            return case.margins(rows[at], radius, f" {step + 1}/{steps}").amin(1) > 0
-
-        lower[rows] = bisect(holds, most[rows], steps, whole=case.threat.norm.name == "l0")
+        reach = _searched if case.prover.method == "complete" else _reach
+        lower[rows] = reach(case, rows, most[rows], steps)
         case.note(rows, int((lower[rows] > 0).sum()))
+    return lower
+
+
+def _reach(case: Case, rows: Labels, most: PerSample, steps: int) -> PerSample:
+    """Return how far the samples ``rows`` (k,) are proven, all of them together."""
+
+    def holds(at: Labels, radius: PerSample, step: int) -> Mask:
+        return case.margins(rows[at], radius, f" {step + 1}/{steps}").amin(1) > 0
+
+    return bisect(holds, most, steps, whole=case.threat.norm.name == "l0")
+
+
+def _searched(case: Case, rows: Labels, most: PerSample, steps: int) -> PerSample:
+    """Return how far the samples ``rows`` are proven by a search that begins where optimised slopes end.
+
+    The time of a sample is that of the prover; each step may take an equal share of what is left.
+    """
+    prover, begin = case.prover, time.monotonic()
+    method, seconds = prover.method, prover.seconds
+    try:
+        prover.method = "alpha"
+        lower = _reach(case, rows, most, steps)
+        prover.method = method
+        left = seconds - (time.monotonic() - begin) / len(rows)
+        for i, row in enumerate(rows.split(1)):  # type: ignore[no-untyped-call]
+            end = time.monotonic() + left
+
+            def holds(_: Labels, radius: PerSample, step: int, row: Labels = row, end: float = end) -> Mask:
+                prover.seconds = (end - time.monotonic()) / (steps - step)
+                if prover.seconds <= 0:
+                    return torch.zeros(1, dtype=torch.bool)
+                return case.margins(row, radius, f" {step + 1}/{steps}").amin(1) > 0
+
+            whole = case.threat.norm.name == "l0"
+            lower[i : i + 1] = bisect(holds, most[i : i + 1], steps, lower[i : i + 1], whole=whole)
+    finally:
+        prover.method, prover.seconds = method, seconds
     return lower

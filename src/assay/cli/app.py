@@ -29,7 +29,7 @@ what it can, keeps the results in a folder that survives any interruption, and w
   assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
 
 [bold]MODEL[/bold]   .pt2 (torch.export) | .safetensors or .pth weights with --arch module:callable | py:module:callable
-        .onnx (extra assay\[onnx]) | demo:mnist-plain | demo:mnist-robust | demo:mnist-certified
+        .onnx (with the onnx extra) | demo:mnist-plain | demo:mnist-robust | demo:mnist-certified
 [bold]DATA[/bold]    a folder of class folders | .npz with x and y | .parquet with image and label | py:module:callable
         demo:mnist
 [bold]THREAT[/bold]  norm:eps, eps in units of the input box before normalisation: linf:8/255, l2:0.5, l1:10
