@@ -35,7 +35,7 @@ def load() -> types.ModuleType:
     exporter = importlib.import_module("torch.onnx._internal.torchscript_exporter._globals").GLOBALS
     helper: Any = importlib.import_module("torch.onnx.symbolic_helper")
     helper._set_opset_version = lambda version: setattr(exporter, "export_onnx_opset_version", version)
-    torch._C.Node.__getitem__ = lambda self, k: getattr(self, self.kindOf(k))(k)  # type: ignore[method-assign, assignment]
+    torch._C.Node.__getitem__ = lambda self, k: getattr(self, self.kindOf(k))(k)  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library = importlib.import_module("auto_LiRPA")

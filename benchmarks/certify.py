@@ -66,16 +66,22 @@ Solve: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One question about every sample; ``by`` is an arithmetic, the name of an attack's effort, or a library."""
+    """One question about every sample; ``method`` is one of proof, an effort or an attack."""
 
     part: str  # attack, share, upper, lower, peers
     method: str
     eps: float = 0.0
-    by: str = "float32"
+    by: str = "float32"  # an arithmetic, or a library
+    limit: float = 0.0  # seconds a sample; 0 for none
 
     @property
     def file(self) -> str:
-        return f"{self.part}-{self.method}-{self.eps:.6g}-{self.by}.jsonl"
+        limit = f"-{self.limit:g}s" if self.limit else ""
+        return f"{self.part}-{self.method}-{self.eps:.6g}-{self.by}{limit}.jsonl"
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.limit:g} s" if self.limit else self.method
 
     @property
     def together(self) -> int:
@@ -107,7 +113,7 @@ class Case:
     x: Tensor
     y: Tensor
     cache: Path
-    seconds: float
+    seconds: float  # for a search
 
     @property
     def net(self) -> nn.Module:
@@ -129,6 +135,9 @@ class Case:
 
     def _parts(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return self.x.split(100), self.y.split(100)  # type: ignore[no-untyped-call]
+
+    def proof(self, part: str, method: str, eps: float = 0.0) -> Task:
+        return Task(part, method, eps, limit=self.seconds if method == "complete" else 0.0)
 
     def known(self, task: Task) -> dict[int, Found]:
         """Return what is kept about a task, by sample."""
@@ -196,7 +205,8 @@ def share(case: Case, task: Task) -> Solve:
 
     def solve(rows: Tensor) -> Tensor:
         radius = torch.full((len(rows),), task.eps, dtype=torch.float64)
-        return prover.margins(case.x[rows], case.y[rows], radius, "linf").amin(1)
+        margins: Tensor = prover.margins(case.x[rows], case.y[rows], radius, "linf")
+        return margins.amin(1)
 
     return solve
 
@@ -205,7 +215,9 @@ def upper(case: Case, task: Task) -> Solve:
     """Return what finds small perturbations that fool."""
 
     def solve(rows: Tensor) -> Tensor:
-        return assay.bracket(case.model, case.x[rows], case.y[rows], method="ibp", attack=task.method, steps=1).upper
+        given = case.model, case.x[rows], case.y[rows]
+        sizes: Tensor = assay.bracket(*given, method="ibp", attack=task.method, steps=1).upper
+        return sizes
 
     return solve
 
@@ -216,8 +228,9 @@ def lower(case: Case, task: Task) -> Solve:
 
     def solve(rows: Tensor) -> Tensor:
         most = BEYOND * torch.tensor([known[i].value for i in rows.tolist()], dtype=torch.float64)
-        given = case.x[rows], case.y[rows], "linf"
-        return assay.certified_radius(case.model, *given, task.method, most, seconds=case.seconds, arithmetic=task.by)
+        given = case.model, case.x[rows], case.y[rows], "linf", task.method, most
+        radius: Tensor = assay.certified_radius(*given, seconds=case.seconds, arithmetic=task.by)
+        return radius
 
     return solve
 
@@ -235,6 +248,7 @@ def peers(case: Case, task: Task) -> Solve:
         found = rival.margins(x, task.eps, c[:, :, 0].float(), task.method) if rival else alone(prover, x, c, task)
         return found.double().mean(1)
 
+    solve(torch.zeros(1, dtype=torch.long))  # at first, both set something up
     return solve
 
 
@@ -270,10 +284,10 @@ def tasks(case: Case, args: argparse.Namespace) -> Iterator[Task]:
     sizes = args.eps or EPS.get(case.kind, USUAL)
     if "share" in args.parts:
         yield from (Task("attack", "standard", eps) for eps in sizes)
-        yield from (Task("share", method, eps, "float32") for eps, method in product(sizes, args.methods))
+        yield from (case.proof("share", method, eps) for eps, method in product(sizes, args.methods))
     if "bracket" in args.parts:
         yield Task("upper", "inward")
-        yield from (Task("lower", method) for method in args.methods)
+        yield from (case.proof("lower", method) for method in args.methods)
     if "peers" in args.parts:
         alone = [m for m in args.methods if m != "complete"]
         yield from (Task("peers", *each) for each in product(alone, sizes, ("float32", "real", PEER)))
@@ -342,7 +356,7 @@ PROPERTIES = ("property", "answer", "agreed", "s", "wall s")
 def shares(case: Case, sizes: Sequence[float]) -> Iterator[tuple[str, ...]]:
     """Yield a line for each eps and method that something is known of."""
     for eps, method in product(sizes, METHODS):
-        task, attacked = Task("share", method, eps), Task("attack", "standard", eps)
+        task, attacked = case.proof("share", method, eps), Task("attack", "standard", eps)
         n = min(case.reach(task), case.reach(attacked))
         if n:
             found = [f for i, f in case.known(task).items() if i < n]
@@ -351,7 +365,7 @@ def shares(case: Case, sizes: Sequence[float]) -> Iterator[tuple[str, ...]]:
                 raise SystemExit(f"{case.name}, {task}: proven and fooled: {sorted(proven - standing)}")
             parts = [f"{len(s) / n:.1%}" for s in (proven, standing, standing - proven)]
             cpu, wall = sum(f.seconds for f in found), sum(f.wall for f in found)
-            yield size(eps), method, str(n), *parts, f"{cpu / len(found):.3g}", f"{cpu:.0f}", f"{wall:.0f}"
+            yield size(eps), task.label, str(n), *parts, f"{cpu / len(found):.3g}", f"{cpu:.0f}", f"{wall:.0f}"
 
 
 def size(eps: float) -> str:
@@ -363,7 +377,7 @@ def brackets(case: Case) -> Iterator[tuple[str, ...]]:
     """Yield a line for each method whose radii are known."""
     top = case.known(Task("upper", "inward"))
     for method in METHODS:
-        task = Task("lower", method)
+        task = case.proof("lower", method)
         n = min(case.reach(task), len(top))
         if n:
             found = [f for i, f in case.known(task).items() if i < n]
@@ -372,7 +386,7 @@ def brackets(case: Case) -> Iterator[tuple[str, ...]]:
                 raise SystemExit(f"{case.name}, {task}: proven beyond what fools: {above}")
             low, high = sum(f.value for f in found) / n, sum(top[i].value for i in range(n)) / n
             spent = (f"{sum(getattr(f, k) for f in found) / len(found):.3g}" for k in ("seconds", "wall"))
-            yield method, str(n), f"{low:.4f}", f"{high:.4f}", f"{low / high:.3f}", *spent
+            yield task.label, str(n), f"{low:.4f}", f"{high:.4f}", f"{low / high:.3f}", *spent
 
 
 def rivals(case: Case, sizes: Sequence[float]) -> Iterator[tuple[str, ...]]:
@@ -406,7 +420,7 @@ def solved(folder: Path, cache: Path) -> Body:
     known = answers(folder, cache)
     done = [a for a in known if a["answer"] != "unknown"]
     wrong = sum(a["answer"] != verdicts[a["property"]] for a in done)
-    body = [
+    body: list[tuple[str, ...]] = [
         (a["property"], a["answer"], verdicts[a["property"]], f"{a['seconds']:.1f}", f"{a['wall']:.1f}") for a in known
     ]
     return f"{folder.name}: {len(done)} of {len(verdicts)} solved, {wrong} wrong", PROPERTIES, body

@@ -100,8 +100,8 @@ COPIES = [
     Case("flatten", lambda x: x.flatten(2).unflatten(2, (4, 5)), MAPS),
     Case("squeeze", lambda x: x.unsqueeze(1).squeeze(1)),
     Case("permute", lambda x: x.permute(0, 3, 1, 2), MAPS),
-    Case("t", lambda x: aten.t(x)),
-    Case("numpy_T", lambda x: aten.numpy_T(x)),
+    Case("t", aten.t),
+    Case("numpy_T", aten.numpy_T),
     Case("movedim", lambda x: x.movedim(1, 3).swapaxes(1, 2), MAPS),
     Case("expand", lambda x: x.unsqueeze(1).expand(1, 3, 5).expand_as(torch.zeros(1, 3, 5))),
     Case("slice", lambda x: x[:, 1::2].narrow(1, 0, 2)),
@@ -137,8 +137,8 @@ COPIES = [
     Case("repeat_interleave", lambda x: x.repeat_interleave(2, 1)),
     Case("view_as", lambda x: x.view_as(torch.zeros(1, 5, 1))),
     Case("index_fill", lambda x: x.index_fill(1, torch.tensor([1]), -2.0)),
-    Case("fill", lambda x: _written(x)),
-    Case("slice_scatter", lambda x: _written_slice(x)),
+    Case("fill", lambda x: _written(x)),  # noqa: PLW0108 (defined below)
+    Case("slice_scatter", lambda x: _written_slice(x)),  # noqa: PLW0108
     Case("split", lambda x: x.split(2, 1)),
     Case("split_with_sizes", lambda x: aten.split_with_sizes(x, [1, 4], 1)),
     Case("chunk", lambda x: x.chunk(2, 1)),
@@ -167,7 +167,7 @@ IDENTICAL = [
     Case("detach_", lambda x: (2 * x).detach_()),
     Case("to", lambda x: x.double().float().to(torch.float64).type_as(x)),
     Case("double", lambda x: aten._to_copy(x, dtype=torch.float64).float()),
-    Case("nn.Identity", lambda x: nn.Identity()(x)),
+    Case("nn.Identity", nn.Identity()),
     Case("dropout", lambda x: F.dropout(x, 0.5, False) + F.alpha_dropout(x, 0.5, False)),
     Case("feature_dropout", lambda x: F.dropout2d(x, 0.5, False), MAPS),
     Case("feature_alpha_dropout", lambda x: F.feature_alpha_dropout(x, 0.5, False), MAPS),
@@ -204,7 +204,7 @@ LAYERS = [
     Case("conv2d", lambda x: conv(x, 3, 2, 3, 2, padding=(1, 0), dilation=(2, 1)), MAPS),
     Case("conv2d groups", lambda x: conv(conv(x, 4, 1, 3, 3, padding=1, groups=2), 4, 2, 2, 2, groups=2), MAPS),
     Case("conv2d same", lambda x: F.conv2d(x, normal(2, 2, 3, 3), padding="same"), MAPS),
-    Case("conv2d circular", lambda x: CIRCULAR(x), MAPS),
+    Case("conv2d circular", CIRCULAR, MAPS),
     Case("conv3d", lambda x: conv(x, 2, 1, 2, 2, 2), SOLID),
     Case("convolution", lambda x: aten.convolution(x, normal(2, 2, 3, 3), None, [1], [1], [1], False, [0], 1), MAPS),
     Case("conv_transpose1d", lambda x: transposed(x, 2, 3, 3, stride=2), LINE),
@@ -217,8 +217,8 @@ LAYERS = [
     Case("addmm", lambda x: torch.addmm(normal(3), x, normal(5, 3), beta=2, alpha=-1.5)),
     Case("baddbmm", lambda x: torch.baddbmm(normal(1, 5, 3), x, normal(1, 4, 3), alpha=-1), (5, 4)),
     Case("einsum", lambda x: torch.einsum("bij,jk->bki", x, normal(4, 3)), (5, 4)),
-    Case("batch_norm", lambda x: NORMED(x), MAPS),
-    Case("batch_norm plain", lambda x: PLAIN(x)),
+    Case("batch_norm", NORMED, MAPS),
+    Case("batch_norm plain", PLAIN),
     Case(
         "_native_batch_norm_legit_no_training",
         lambda x: aten._native_batch_norm_legit_no_training(
@@ -326,7 +326,7 @@ def points(region: Region, graph: Graph, seed: int = 0, count: int = 24) -> Iter
     for k in range(count):
         direction = torch.randn(region.x.shape, generator=g, dtype=torch.float64)
         yield moved(region, direction, torch.rand((), generator=g) if k % 3 == 0 else torch.ones(()), g)
-    for k in range(6):
+    for _ in range(6):
         z = moved(region, torch.randn(region.x.shape, generator=g, dtype=torch.float64), torch.ones(()), g)
         for _ in range(3):
             z = z.detach().requires_grad_()

@@ -1,5 +1,6 @@
 """Bounds of whole networks: sound on random ones, exact where known, in order of strength; defects are caught."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -252,7 +253,7 @@ def test_methods_are_refinements_of_one_another(name: str, norm: str) -> None:
         Prover(Model(net), shape, method=method).margins(x, y, radius, norm)
         for method in ("ibp", "crown-ibp", "crown", "alpha")
     ]
-    for looser, tighter in zip(found, found[1:], strict=False):
+    for looser, tighter in itertools.pairwise(found):
         assert (tighter >= looser).all()
     assert (found[0] < found[2]).any(), "and not all the same"
 

@@ -395,7 +395,7 @@ def check_fold(program: Program, region: Region, arithmetic: Arithmetic, dtype: 
             if layer.free.any():
                 assert ((mine - x.clamp(min=0)).abs() <= slack).all()
                 assert ((x >= layer.low - slack) & (x <= layer.high + slack)).all()
-        logits = values[-1][0]
+        logits = values[-1].flatten()
         assert ((evaluated(rows, z, y) - (logits[0] - logits)).abs() <= rows.wobble + 1e-15).all()
         assert (logits[0] - logits >= found.lower(rows, found.start(CLASSES)) - 1e-15).all()
         for v, (low, high) in enumerate(bounds.pairs):
@@ -577,7 +577,8 @@ def test_one_of_several_on_random_networks(way: str) -> None:
     alone = 0
     for seed in range(4):
         net = draw(Dense((3, 8, 4)), seed)
-        a = np.random.default_rng(seed).normal(size=(2, CLASSES))
+        row, other = np.random.default_rng(seed).normal(size=(2, CLASSES))
+        a = np.stack([row, other / 4 - row])
         exact, x = Exact(), np.zeros(3)
         z = exact.variables(x, x + 1)
         top = exact.variables(np.full(1, -99.0), np.full(1, 99.0))
@@ -586,7 +587,7 @@ def test_one_of_several_on_random_networks(way: str) -> None:
         net.float()
         exact.at_most(a @ m - exact.wide(top), -a @ c)
         least, _ = exact.least(top[0])
-        gap = np.full(2, 0.02)
+        gap = np.full(2, 0.05)
         assert claimed(net, a, least - gap, low=0.0, seconds=10)
         assert not claimed(net, a, least + gap, low=0.0, seconds=0.2)
         alone += any(claimed(net, a[k : k + 1], least - gap[:1], low=0.0, seconds=0.2) for k in range(2))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.certification.graph import Graph
 from assay.certification.region import Region
-from assay.certification.rules import Affine, Lines, Pair, Relaxed
+from assay.certification.rules import Affine, Lines, Pair, Relaxed, Rule
 from assay.certification.windows import Windows
 from assay.core.errors import ModelError
 
@@ -71,6 +71,10 @@ TF32, BFLOAT16 = Arithmetic("tf32", 2.0**-24, 2.0**-11), Arithmetic("bfloat16", 
 ARITHMETICS = {a.name: a for a in (FLOAT32, REAL, TF32, BFLOAT16)}
 
 
+_SMALLEST = 2.0**-126
+"""Results below this may be flushed to zero."""
+
+
 @final
 @dataclass(slots=True)
 class Bounds:
@@ -103,7 +107,8 @@ class Bounds:
             else:
                 pair = step.rule.interval(*(self.pairs[i] for i in step.inputs))
             slack = self._allowance(v, pair)
-            pair = (pair[0] - slack, pair[1] + slack) if v else pair
+            if not _exact(step.rule):
+                pair = pair[0] - slack, pair[1] + slack
             for better in (old[v] if old else None, (known or {}).get(v)):
                 if better is not None:
                     pair = torch.maximum(pair[0], better[0]), torch.minimum(pair[1], better[1])
@@ -116,11 +121,12 @@ class Bounds:
         guard = _gamma((1 if v else 4) * math.prod(step.shape) + 64, own)  # the input's minimum takes more operations
         if not isinstance(step.rule, Affine):
             ulps = 0.0 if step.rule is None else step.rule.ulps
-            return most * (2 * self.arithmetic.unit * ulps + self.arithmetic.stored + guard)
+            share = 2 * self.arithmetic.unit * ulps + self.arithmetic.stored + guard
+            return most * share + _SMALLEST
         inputs = [torch.maximum(low.abs(), high.abs()) for low, high in (self.pairs[i] for i in step.inputs)]
         terms = step.rule.terms
         share = self.arithmetic.gamma(terms) + _gamma(terms + math.prod(step.shape) + 8, own)
-        return step.rule.magnitude(*inputs) * share
+        return step.rule.magnitude(*inputs) * share + terms * _SMALLEST
 
     def relaxed(self, v: int) -> Relaxed:
         """Return step v between two affine functions."""
@@ -195,7 +201,9 @@ class Bounds:
         around = rule if isinstance(rule, Affine) else self.relaxed(v)
         if isinstance(a, Windows) and (a.wide or not a.passes(around)):
             a = a.spread()
-        chosen = slopes.at(v, around, a) if slopes is not None and isinstance(around, Lines) else None
+        chosen = None
+        if slopes is not None and isinstance(around, Lines) and around.free is not None:
+            chosen = slopes.at(v, around, a)
         if isinstance(a, Windows):
             assert isinstance(around, Affine | Lines)
             return *a.through(around, chosen), a._replace(a=a.a.abs()).dot(self.slack[v])
@@ -212,6 +220,11 @@ class Bounds:
         """Return the bounds of some of the regions."""
         pairs = [(low[rows], high[rows]) for low, high in self.pairs]
         return Bounds(self.graph, self.region.take(rows), self.arithmetic, pairs, [s[rows] for s in self.slack])
+
+
+def _exact(rule: Affine | Rule | None) -> bool:
+    """Whether a step only chooses among numbers, so that its bounds are not rounded either."""
+    return rule is None or (rule.signs == "copy" and not rule.terms if isinstance(rule, Affine) else not rule.ulps)
 
 
 def _gamma(terms: int, unit: float) -> float:

@@ -16,6 +16,9 @@ from torch import Tensor
 from assay.certification.methods import ascend
 from assay.certification.skeleton import Rows, Skeleton, State
 
+_LAST = (300, 1.0)
+"""Steps of the ascent, and its rate, where no neuron is left to split: then multipliers may have far to go."""
+
 
 class Parts(NamedTuple):
     """m parts of the region: which claim each is about, by which of its rows, and its state (m, u), all layers."""
@@ -84,15 +87,15 @@ class _Tree:
         self.lower = torch.full((len(claims),), torch.inf, dtype=torch.float64, device=claims.device)
 
     def grow(self, deadline: float) -> Outcome:
-        stack = [self._bounded(self._root(), 10 * self.how.steps)]
+        stack = [self._bounded(self._root(), 10 * self.how.steps, self.how.rate)]
         stack = [parts for parts in stack if len(parts.row)]
         while stack and time.monotonic() < deadline:
             parts = self._batch(stack)
             can = (self.free & (parts.signs == 0)).any(1)
-            if not can.all():  # everything is split, and still the bound is not positive
-                self.lower[parts.claim[~can]] = -torch.inf
+            if not can.all():  # everything is split: only multipliers are left to improve
+                self.lower[self._bounded(parts.take(~can), *_LAST).claim] = -torch.inf
                 parts = parts.take(can)
-            parts = self._bounded(self._split(parts), self.how.steps)
+            parts = self._bounded(self._split(parts), self.how.steps, self.how.rate)
             parts = parts.take(self.lower[parts.claim] > -torch.inf)
             if len(parts.row):
                 stack.append(parts)
@@ -131,7 +134,7 @@ class _Tree:
         slopes, betas = (torch.split(t.to(dtype), self.widths, 1) for t in (parts.slopes, parts.betas))
         return State(tuple(slopes), tuple(torch.split(parts.signs, self.widths, 1)), tuple(betas))
 
-    def _bounded(self, parts: Parts, steps: int) -> Parts:
+    def _bounded(self, parts: Parts, steps: int, rate: float) -> Parts:
         """Optimise the state of parts; return those that are still open."""
         if not len(parts.row):
             return parts
@@ -145,7 +148,7 @@ class _Tree:
         leaves = [*state.slopes, *(state.betas or ())]
         if leaves:
             most = [1.0] * k + [torch.inf] * k
-            found, best = ascend(bound, leaves, most, steps, self.how.rate, enough=0.0)
+            found, best = ascend(bound, leaves, most, steps, rate, enough=0.0)
             parts = parts._replace(slopes=torch.cat(best[:k], 1), betas=torch.cat(best[k:], 1))
         else:
             found = bound([])

@@ -165,7 +165,7 @@ def _entries(at: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | Wind
     both = torch.cat([at, at], 1)
     sign = torch.ones_like(both, dtype=dtype)
     sign[:, at.shape[1] :] = -1
-    if len(shape) == 4 and shape[-1] * shape[-2] > 1:
+    if len(shape) == 4 and shape[0] == 1 and shape[-1] * shape[-2] > 1:
         return Windows.single(both, sign, tuple(shape))
     eye = torch.zeros(*both.shape, math.prod(shape), dtype=dtype, device=at.device)
     return eye.scatter(2, both[..., None], sign[..., None]).view(*both.shape, *shape)

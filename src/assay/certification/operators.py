@@ -325,7 +325,7 @@ def _abs(build: Builder, _: Any, args: Args) -> Var:
 def _clamp(build: Builder, target: Any, args: Args) -> Any:
     """Clamp(x, low, high) and its kin; limits that are tensors of several numbers, or results, by max and min."""
     name, x = name_of(target), args[0]
-    low, high = _LIMITS.get(name, lambda args: args[1:3])(args)
+    low, high = _LIMITS[name](args) if name in _LIMITS else args[1:3]
     if any(isinstance(t, Var) or (isinstance(t, Tensor) and t.numel() > 1) for t in (low, high)):
         x = x if low is None else larger(build, x, low)
         return x if high is None else larger(build, x, high, -1)
@@ -386,7 +386,7 @@ def _windows(
         x = functional.pad(x, pad, value=-math.inf)
         x = x.movedim(axis, -1)
         starts = torch.arange(o, device=x.device)[:, None] * s + torch.arange(k, device=x.device) * d
-        x = x[..., starts.flatten()].unflatten(-1, (o, k)).movedim(-2, axis)  # the window's axis stays last
+        x = x[..., starts.flatten()].reshape(*x.shape[:-1], o, k).movedim(-2, axis)  # the window's axis stays last
     # Axes now: (1, c, *out, k_first, ..., k_last) with each window axis appended in turn.
     return x.flatten(x.ndim - len(kernel)).reshape(-1, math.prod(kernel))
 

@@ -233,7 +233,7 @@ _TINY = 1e-300
 class MaxPool:
     """The largest entry of each window.
 
-    Below: the entry with the largest lower bound (of several, the one with the largest upper bound). Above: that entry where no other of its window can be larger, else
+    Below: the entry with the largest lower bound. Above: that entry where no other of its window can be larger, else
     the largest upper bound (Boopathy et al. 2019 use planes; this is the simpler choice of auto_LiRPA).
 
     Args:
@@ -260,8 +260,8 @@ class MaxPool:
         places = self.windows(
             torch.arange(x[0][0].numel(), dtype=torch.float64, device=low.device).view(x[0].shape[1:])
         )
-        tied = low == low.amax(-1, keepdim=True)  # after a ReLU, often all are 0: then the one that may be largest
-        best = torch.where(tied, high, -math.inf).argmax(-1, keepdim=True)
+        first = torch.arange(low.shape[-1], 0, -1, device=low.device)  # of several alike, the first
+        best = torch.where(low == low.amax(-1, keepdim=True), first, 0).argmax(-1, keepdim=True)
         others = high.scatter(-1, best, -math.inf).amax(-1)
         sure = low.gather(-1, best).squeeze(-1) >= others
         chosen = places.long().expand(len(low), -1, -1).gather(-1, best).squeeze(-1)

@@ -210,7 +210,7 @@ def best_of(skeleton: Skeleton, rows: Rows, steps: int, rate: float) -> tuple[Te
 
 
 def _chosen(entries: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> "Tensor | Windows":
-    if len(shape) == 4 and shape[-1] * shape[-2] > 1:
+    if len(shape) == 4 and shape[0] == 1 and shape[-1] * shape[-2] > 1:
         return Windows.single(entries[None], torch.ones(1, len(entries), dtype=dtype, device=entries.device), shape)
     eye = torch.zeros(len(entries), math.prod(shape), dtype=dtype, device=entries.device)
     return eye.scatter(1, entries[:, None], 1.0).view(1, len(entries), *shape)

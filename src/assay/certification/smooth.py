@@ -157,7 +157,7 @@ def _below(side: _Side, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     tried += [(side.df(d), d) for d in _touching(side, low, high, middle)]
     largest = torch.stack([t.abs() for piece in pieces for t in (piece.fp, piece.fq)]).amax(0)
     far = torch.maximum(low.abs(), high.abs())
-    # The rounding in what is computed here, and in sums over the entries of a step with these lines; and what becomes 0.
+    # The rounding in what is computed here, and in sums over the entries of a step with these lines; what becomes 0.
     unit = (64 + math.prod(low.shape[1:])) * torch.finfo(low.dtype).eps
     best: tuple[Tensor, ...] = (torch.zeros_like(low), torch.full_like(low, -math.inf), torch.full_like(low, -math.inf))
     for k, d in tried:
@@ -254,7 +254,7 @@ def _gelu(approximate: str = "none") -> Curve:
             lambda x: functional.gelu(x, approximate="tanh"), _dgelu_tanh, (-_GELU_TANH, _GELU_TANH), (-1, 1, -1),
             (-0.75246142207101625849,), blur=8,
         )  # fmt: skip
-    return Curve(functional.gelu, _dgelu, (-math.sqrt(2), math.sqrt(2)), (-1, 1, -1), (-0.75179152469356445746,), blur=8)
+    return Curve(functional.gelu, _dgelu, (-math.sqrt(2), math.sqrt(2)), (-1, 1, -1), (-0.75179152469356446,), blur=8)
 
 
 _GELU_TANH = 1.4185040087908283555
