@@ -8,7 +8,7 @@
     python benchmarks/certify.py --cached --mnist ... --out certify.md   the tables of what the cache has
 
 ``share``: at each eps, what each method proves, what an attack (``standard``) leaves standing, and what is open between
-them. ``complete`` is asked about what the attack left standing, --seconds a sample.
+them. ``alpha`` and ``complete`` are asked about what the attack left standing, ``complete`` for --seconds a sample.
 ``bracket``: radii, by bisection up to a quarter beyond the smallest perturbation found (``inward``), --seconds a sample
 in all; the ratio is the mean of the proven radii over the mean of those perturbations.
 ``peers``: each method alone on all margins of --few samples, for two arithmetics, beside auto_LiRPA.
@@ -146,10 +146,10 @@ class Case:
         return {f.index: f for f in (Found(**json.loads(line)) for line in lines) if f.index < len(self.x)}
 
     def wanted(self, task: Task) -> list[int]:
-        """Return the samples that a task is about: the right ones, for ``complete`` those that no attack fooled."""
+        """Return the samples that a task is about: the right ones, for slow proofs those that no attack fooled."""
         if task.part in ("attack", "upper"):
             return [*range(len(self.x))]
-        if task.part == "share" and task.method == "complete":
+        if task.part == "share" and task.method in SEARCHED:
             return sorted(self.standing(task.eps))
         return sorted(self.right)
 
@@ -359,13 +359,15 @@ def shares(case: Case, sizes: Sequence[float]) -> Iterator[tuple[str, ...]]:
         task, attacked = case.proof("share", method, eps), Task("attack", "standard", eps)
         n = min(case.reach(task), case.reach(attacked))
         if n:
-            found = [f for i, f in case.known(task).items() if i < n]
-            proven, standing = {f.index for f in found if f.value > 0}, {i for i in case.standing(eps) if i < n}
+            known, asked = case.known(task), {i for i in case.wanted(task) if i < n}
+            proven = {i for i, f in known.items() if i < n and f.value > 0}
+            standing = {i for i in case.standing(eps) if i < n}
             if not proven <= standing:
                 raise SystemExit(f"{case.name}, {task}: proven and fooled: {sorted(proven - standing)}")
             parts = [f"{len(s) / n:.1%}" for s in (proven, standing, standing - proven)]
-            cpu, wall = sum(f.seconds for f in found), sum(f.wall for f in found)
-            yield size(eps), task.label, str(n), *parts, f"{cpu / len(found):.3g}", f"{cpu:.0f}", f"{wall:.0f}"
+            cpu, wall = (sum(getattr(known[i], k) for i in asked) for k in ("seconds", "wall"))
+            each = f"{cpu / len(asked):.3g}" if asked else ""
+            yield size(eps), task.label, str(n), *parts, each, f"{cpu:.1f}", f"{wall:.1f}"
 
 
 def size(eps: float) -> str:
@@ -473,7 +475,10 @@ def _arguments() -> argparse.Namespace:
     add("--cache", type=Path, default=Path("runs/certify"))
     add("--cached", action="store_true", help="run nothing: the tables of what the cache has")
     add("--out", type=Path, metavar="FILE", help="write the tables in Markdown")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if absent := [k for k in ("mnist", "cifar") if k in (args.nets or ()) and not getattr(args, k)]:
+        parser.error(f"--nets {absent[0]} needs --{absent[0]}")
+    return args
 
 
 def main() -> None:

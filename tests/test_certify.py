@@ -225,16 +225,16 @@ def crooked():
     return net, x, net(x).argmax(1)
 
 
-def test_a_search_goes_on_from_where_optimised_slopes_end_and_in_its_time(crooked):
+def test_a_search_goes_on_from_where_lines_end_and_in_its_time(crooked):
     most, seconds = 0.5, 1.5  # far beyond what can be proven: every step would take all the time it is given
     begin = time.monotonic()
-    alpha = assay.certified_radius(*crooked, method="alpha", upper=most)
+    crown = assay.certified_radius(*crooked, method="crown", upper=most)
     between = time.monotonic()
     complete = assay.certified_radius(*crooked, method="complete", upper=most, seconds=seconds)
     end = time.monotonic()
-    assert (complete >= alpha).all()
-    assert (complete > alpha).any()
-    assert end - between < 2 * (between - begin) + 2 * seconds * len(alpha)  # and not seven times
+    assert (complete >= crown).all()
+    assert (complete > crown).any()
+    assert end - between < 2 * (between - begin) + 2 * seconds * len(crown)  # and not seven times
 
 
 # brackets

@@ -19,12 +19,18 @@ from assay.certification.skeleton import Rows, Skeleton, State
 _LAST = (300, 1.0)
 """Steps of the ascent, and its rate, where no neuron is left to split: then multipliers may have far to go."""
 
+_LEAST = 1e-9
+"""The sum of weights is at least this."""
+
 
 class Parts(NamedTuple):
-    """m parts of the region: which claim each is about, by which of its rows, and its state (m, u), all layers."""
+    """m parts of the region: which claim each is about, the weights (m, k) of its rows, and its state (m, u).
+
+    Where one of several rows is to be positive, a weighted mean of them that is positive will do.
+    """
 
     claim: Tensor
-    row: Tensor
+    mix: Tensor
     slopes: Tensor
     signs: Tensor
     betas: Tensor
@@ -88,7 +94,7 @@ class _Tree:
 
     def grow(self, deadline: float) -> Outcome:
         stack = [self._bounded(self._root(), 10 * self.how.steps, self.how.rate)]
-        stack = [parts for parts in stack if len(parts.row)]
+        stack = [parts for parts in stack if len(parts.mix)]
         while stack and time.monotonic() < deadline:
             parts = self._batch(stack)
             can = (self.free & (parts.signs == 0)).any(1)
@@ -97,7 +103,7 @@ class _Tree:
                 parts = parts.take(can)
             parts = self._bounded(self._split(parts), self.how.steps, self.how.rate)
             parts = parts.take(self.lower[parts.claim] > -torch.inf)
-            if len(parts.row):
+            if len(parts.mix):
                 stack.append(parts)
         for parts in stack:
             self.lower[parts.claim] = -torch.inf
@@ -108,24 +114,19 @@ class _Tree:
         slopes = torch.cat([*self.quick.start(g).slopes, none], 1)
         signs = torch.zeros_like(slopes, dtype=torch.int8)
         every = torch.arange(g, device=slopes.device)
-        return Parts(every, self.claims[:, 0], slopes, signs, torch.zeros_like(slopes))
+        mix = torch.ones_like(self.claims, dtype=torch.float32)
+        return Parts(every, mix, slopes, signs, torch.zeros_like(slopes))
 
-    def _aimed(self, parts: Parts) -> Parts:
-        """Choose for each part the row of its claim that is bounded best."""
-        n, k = len(parts.row), self.claims.shape[1]
-        if k == 1:
-            return parts
-        trial = parts.take(torch.arange(n, device=parts.row.device).repeat_interleave(k))
-        trial = trial._replace(row=self.claims[parts.claim].flatten())
-        with torch.no_grad():
-            found = self.quick.lower(self.quick_rows.take(trial.row), self._state(trial, torch.float32)).view(n, k)
-        return parts._replace(row=self.claims[parts.claim].gather(1, found.argmax(1, keepdim=True)).squeeze(1))
+    def _rows(self, rows: Rows, parts: Parts) -> Rows:
+        """Return for each part the weighted mean of the rows of its claim."""
+        mix = parts.mix.to(rows.start.dtype)
+        return rows.mixed(self.claims[parts.claim], mix / mix.sum(1, keepdim=True).clamp_min(_LEAST))
 
     def _batch(self, stack: list[Parts]) -> Parts:
         parts = stack.pop()
-        while stack and len(parts.row) + len(stack[-1].row) <= self.how.batch:
+        while stack and len(parts.mix) + len(stack[-1].mix) <= self.how.batch:
             parts = parts.joined(stack.pop())
-        if len(parts.row) > self.how.batch:
+        if len(parts.mix) > self.how.batch:
             stack.append(parts.take(slice(self.how.batch, None)))
             parts = parts.take(slice(self.how.batch))
         return parts
@@ -136,37 +137,37 @@ class _Tree:
 
     def _bounded(self, parts: Parts, steps: int, rate: float) -> Parts:
         """Optimise the state of parts; return those that are still open."""
-        if not len(parts.row):
+        if not len(parts.mix):
             return parts
-        self.visited += len(parts.row)
-        parts = self._aimed(parts)
-        rows, state, k = self.quick_rows.take(parts.row), self._state(parts, torch.float32), len(self.widths)
+        self.visited += len(parts.mix)
+        state, k = self._state(parts, torch.float32), len(self.widths)
+        # Rows are made anew at each step only where their weights are searched.
+        fixed = self._rows(self.quick_rows, parts) if k and self.claims.shape[1] == 1 else None
 
         def bound(leaves: list[Tensor]) -> Tensor:
-            return self.quick.lower(rows, State(tuple(leaves[:k]), state.signs, tuple(leaves[k:])))
+            rows = fixed or self._rows(self.quick_rows, parts._replace(mix=leaves[-1]))
+            return self.quick.lower(rows, State(tuple(leaves[:k]), state.signs, tuple(leaves[k : 2 * k])))
 
-        leaves = [*state.slopes, *(state.betas or ())]
-        if leaves:
-            most = [1.0] * k + [torch.inf] * k
-            found, best = ascend(bound, leaves, most, steps, rate, enough=0.0)
-            parts = parts._replace(slopes=torch.cat(best[:k], 1), betas=torch.cat(best[k:], 1))
-        else:
-            found = bound([])
+        leaves = [*state.slopes, *(state.betas or ()), *(() if fixed else (parts.mix,))]
+        most = [1.0] * k + [torch.inf] * k + [1.0]
+        found, best = ascend(bound, leaves, most[: len(leaves)], steps, rate, enough=0.0)
+        slopes, betas = (torch.cat([parts.slopes[:, :0], *best[i : i + k]], 1) for i in (0, k))
+        parts = parts._replace(slopes=slopes, betas=betas, mix=parts.mix if fixed else best[-1])
         return parts.take(~self._closed(parts, found > 0))
 
     def _closed(self, parts: Parts, likely: Tensor) -> Tensor:
         """Return which parts are proven, by their bounds in float64."""
         closed = likely.clone()
         sure = parts.take(likely)
-        if len(sure.row):
-            exact = self.exact.lower(self.rows.take(sure.row), self._state(sure, torch.float64))
+        if len(sure.mix):
+            exact = self.exact.lower(self._rows(self.rows, sure), self._state(sure, torch.float64))
             closed[likely] = exact > 0
             self.lower.scatter_reduce_(0, sure.claim[exact > 0], exact[exact > 0], "amin")
         return closed
 
     def _split(self, parts: Parts) -> Parts:
         """Split each part at the best of a few neurons."""
-        if not len(parts.row):
+        if not len(parts.mix):
             return parts
         scores, chosen = self._score(parts).topk(min(self.how.candidates, parts.signs.shape[1]), 1)
         n, c = chosen.shape
@@ -175,7 +176,9 @@ class _Tree:
         signs = trial.signs.scatter(1, chosen.repeat_interleave(2, 1).view(-1, 1), sides[:, None])
         trial = trial._replace(signs=signs)
         with torch.no_grad():
-            found = self.quick.lower(self.quick_rows.take(trial.row), self._state(trial, torch.float32)).view(n, c, 2)
+            found = self.quick.lower(self._rows(self.quick_rows, trial), self._state(trial, torch.float32)).view(
+                n, c, 2
+            )
         found = found.masked_fill(scores[..., None] < 0, -torch.inf)  # a part may have fewer neurons to split
         # What counts is the worse side; the better one breaks ties.
         best = (found.amin(2) + 0.1 * found.amax(2).clamp(max=0)).argmax(1)
@@ -187,7 +190,7 @@ class _Tree:
         seen: list[Tensor] = []
         state = self._state(parts, torch.float32)
         with torch.no_grad():
-            self.quick.lower(self.quick_rows.take(parts.row), state, seen)
+            self.quick.lower(self._rows(self.quick_rows, parts), state, seen)
         scores = []
         for a, slope, layer in zip(seen[::-1], state.slopes, self.quick.layers, strict=True):
             below = a.clamp(min=0) * torch.minimum(-slope * layer.low, (1 - slope) * layer.high)

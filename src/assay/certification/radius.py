@@ -54,7 +54,7 @@ def certified_radius(
     ``upper``, (n,) or a number, is the largest radius that is tried; None stands for all that the box holds. The size
     of an adversarial perturbation saves steps. Each of the ``steps`` costs one proof a sample; the result is within
     upper / 2^steps of the largest radius that the method proves. For ``complete`` the bisection goes on from what
-    ``alpha`` proves, each sample for itself; ``seconds`` are for all that a sample takes, so that the last steps of a
+    ``crown`` proves, each sample for itself; ``seconds`` are for all that a sample takes, so that the last steps of a
     hard one are not made.
 
     The other arguments and all errors are those of :func:`assay.certify`.
@@ -167,14 +167,14 @@ def _reach(case: Case, rows: Labels, most: PerSample, steps: int) -> PerSample:
 
 
 def _searched(case: Case, rows: Labels, most: PerSample, steps: int) -> PerSample:
-    """Return how far the samples ``rows`` are proven by a search that begins where optimised slopes end.
+    """Return how far the samples ``rows`` are proven by a search that begins where ``crown`` ends.
 
     The time of a sample is that of the prover; each step may take an equal share of what is left.
     """
     prover, begin = case.prover, time.monotonic()
     method, seconds = prover.method, prover.seconds
     try:
-        prover.method = "alpha"
+        prover.method = "crown"
         lower = _reach(case, rows, most, steps)
         prover.method = method
         left = seconds - (time.monotonic() - begin) / len(rows)

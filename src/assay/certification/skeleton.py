@@ -34,6 +34,12 @@ class Rows(NamedTuple):
     def take(self, rows: Tensor) -> "Rows":
         return Rows(self.start[rows], tuple(w[rows] for w in self.w), self.constant[rows], self.wobble[rows])
 
+    def mixed(self, rows: Tensor, weights: Tensor) -> "Rows":
+        """Return sums (m, ...) of the ``rows`` (m, k) with ``weights`` (m, k), none of them negative."""
+        many = self.take(rows)
+        start, *w = ((weights[:, None] @ t).squeeze(1) for t in (many.start, *many.w))
+        return Rows(start, tuple(w), (weights * many.constant).sum(1), (weights * many.wobble).sum(1))
+
     def negated(self) -> "Rows":
         return Rows(-self.start, tuple(-w for w in self.w), -self.constant, self.wobble)
 
