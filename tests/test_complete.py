@@ -478,7 +478,7 @@ SIZES = {"linf": (0.001, 0.3), "l2": (0.002, 0.5), "l1": (0.002, 0.8), "l0": (1.
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_cannot_be_split_is_never_claimed_wrongly(name: str, splitting: None) -> None:
-    each = [sound(drawn(OTHERS[name], 1), size, norm, 0.1) for norm, sizes in SIZES.items() for size in sizes]
+    each = [sound(drawn(OTHERS[name], 1), size, norm, 0.1) for norm in ("linf", "l1") for size in SIZES[norm]]
     assert sum(proven for proven, _ in each)
     assert sum(broken for _, broken in each)
 
@@ -627,9 +627,9 @@ def test_a_deadline_in_the_past_leaves_open_what_is_not_proven_at_once() -> None
         assert (halve(program.graph(), region, claims, LATER, REAL) > 0).all()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
 def test_whenever_time_is_up_no_open_claim_has_a_positive_bound(seconds: float, way: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         task = Task.drawn("three layers", seed)
         for share in (0.9, 1.1):
             size = min(task.radius(), 0.5) * share
@@ -762,11 +762,11 @@ def test_without_its_wobble_a_row_claims_what_float32_breaks(monkeypatch: pytest
     assert (deployed(FLOAT32) > 0).all(), "the check above can fail"
 
 
-@pytest.mark.parametrize("batch", [1, 3, 256])
+@pytest.mark.parametrize("batch", [2, 256])
 def test_parts_are_joined_and_cut_to_batches(batch: int, splitting: None) -> None:
-    for task, size in tasks()[:4]:
+    for task, size in tasks()[:2]:
         assert (task.bounded("complete", size * 0.97, search=Search(batch=batch)) > 0).all()
-        assert (task.bounded("complete", size, seconds=2, search=Search(batch=batch)) <= 0).any()
+        assert (task.bounded("complete", size, seconds=0.5, search=Search(batch=batch)) <= 0).any()
 
 
 def test_outcomes_count_the_parts_that_were_visited() -> None:
