@@ -312,9 +312,10 @@ def test_hundreds_of_random_networks_are_decided(name: str, way: str) -> None:
             try:
                 decides(Task.drawn(name, seed), norm, within)
             except AssertionError as e:
-                open_ += "open, though" in str(e)
-                assert "proven, but wrong" not in str(e)
-        assert open_ <= len(some) / 50
+                if "open, though" not in str(e):
+                    raise
+                open_ += 1
+        assert open_ <= 2
 
 
 @pytest.mark.parametrize("name", NETS)

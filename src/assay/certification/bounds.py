@@ -66,8 +66,8 @@ class Arithmetic:
 
 
 FLOAT32, REAL = Arithmetic("float32", 2.0**-24), Arithmetic("real", 0.0)
-# Both round what is multiplied, and add up in float32.
-TF32, BFLOAT16 = Arithmetic("tf32", 2.0**-24, 2.0**-11), Arithmetic("bfloat16", 2.0**-24, 2.0**-8)
+# Both cut or round what is multiplied, and add up in float32.
+TF32, BFLOAT16 = Arithmetic("tf32", 2.0**-24, 2.0**-10), Arithmetic("bfloat16", 2.0**-24, 2.0**-8)
 ARITHMETICS = {a.name: a for a in (FLOAT32, REAL, TF32, BFLOAT16)}
 
 
@@ -117,16 +117,19 @@ class Bounds:
 
     def _allowance(self, v: int, pair: Pair) -> Tensor:
         step, own = self.graph.steps[v], torch.finfo(self.graph.dtype).eps / 2
-        most = torch.maximum(pair[0].abs(), pair[1].abs())
-        guard = _gamma((1 if v else 4) * math.prod(step.shape) + 64, own)  # the input's minimum takes more operations
+        # What the proof itself rounds: sums over the entries, over the steps, and the product with this allowance.
+        entries = math.prod(step.shape) + len(self.graph.steps)
+        paid = 1 + 2 * _gamma(entries + 8, own)
         if not isinstance(step.rule, Affine):
+            most = torch.maximum(pair[0].abs(), pair[1].abs())
+            guard = _gamma((1 if v else 4) * entries + 64, own)  # the minimum over the region takes more operations
             ulps = 0.0 if step.rule is None else step.rule.ulps
             share = 2 * self.arithmetic.unit * ulps + self.arithmetic.stored + guard
-            return most * share + _SMALLEST
+            return most * (share * paid) + _SMALLEST
         inputs = [torch.maximum(low.abs(), high.abs()) for low, high in (self.pairs[i] for i in step.inputs)]
         terms = step.rule.terms
-        share = self.arithmetic.gamma(terms) + _gamma(terms + math.prod(step.shape) + 8, own)
-        return step.rule.magnitude(*inputs) * share + terms * _SMALLEST
+        share = self.arithmetic.gamma(terms) + _gamma(terms + entries + 8, own)
+        return step.rule.magnitude(*inputs) * (share * paid) + terms * _SMALLEST
 
     def relaxed(self, v: int) -> Relaxed:
         """Return step v between two affine functions."""

@@ -110,7 +110,7 @@ class _Tree:
         return Outcome(self.lower, self.visited)
 
     def _root(self) -> Parts:
-        g, none = len(self.claims), self.quick_rows.start[: len(self.claims), :0]
+        g, none = len(self.claims), self.quick_rows.start.new_zeros(len(self.claims), 0)
         slopes = torch.cat([*self.quick.start(g).slopes, none], 1)
         signs = torch.zeros_like(slopes, dtype=torch.int8)
         every = torch.arange(g, device=slopes.device)

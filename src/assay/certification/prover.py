@@ -29,8 +29,8 @@ METHODS = ("ibp", "crown-ibp", "crown", "alpha", "complete")
 
 NORMS = ("linf", "l2", "l1", "l0")
 
-_SOFTMAX_GAP = 1e-6
-"""A softmax in float32 may make a tie of logits that are nearer to each other than this."""
+_TIE = 16.0
+"""A softmax may make a tie of logits that are nearer to each other than this many roundings."""
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -141,7 +141,7 @@ class Prover:
             open_ = ((known <= 0) & (margins <= 0))[0].nonzero().squeeze(1)
             margins[0, open_] = self._searched(method, bounds, c[:, open_], end)
         if graph.softmax:
-            margins = margins - _SOFTMAX_GAP
+            margins = margins - _TIE * max(self.arithmetic.unit, self.arithmetic.stored)
         return margins.scatter(1, y[:, None], torch.inf)
 
     def _searched(self, method: str, bounds: Bounds, c: Tensor, end: float) -> Tensor:
@@ -190,6 +190,8 @@ class BoxProver:
         """Return whether it is proven that no x with lo <= x <= hi (d,) has ``a @ logits <= b``; a (k, c), b (k,)."""
         graph, device = self.prover.exact, self.prover.device
         low, high = (torch.from_numpy(t).to(device).view(1, *self.prover.shape) for t in (lo, hi))
+        near = FLOAT32.unit * torch.maximum(low.abs(), high.abs())  # the network sees inputs rounded to float32
+        low, high = low - near, high + near
         c, least = torch.from_numpy(a).to(device), torch.from_numpy(b).to(device)
         region = Region.between(low, high)
         if graph.softmax:
