@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.certification.graph import Graph
 from assay.certification.region import Region
-from assay.certification.rules import Affine, Lines, Pair, Relaxed, Rule
+from assay.certification.rules import Affine, Lines, Pair, Relaxed, Rule, dot
 from assay.certification.windows import Windows
 from assay.core.errors import ModelError
 
@@ -168,7 +168,7 @@ class Bounds:
         def pull(w: int, a_w: "Tensor | Windows") -> "tuple[Tensor | Windows, ...]":
             if w < since and not isinstance(self.graph.steps[w].rule, Affine):
                 whole = dense(a_w)
-                totals.append(_least(whole, self.pairs[w]) - _dot(whole.abs(), self.slack[w]))
+                totals.append(_least(whole, self.pairs[w]) - dot(whole.abs(), self.slack[w]))
                 return ()
             parts, constant, wobble = self.pull(w, a_w, slopes)
             totals.append(constant - wobble)
@@ -177,7 +177,7 @@ class Bounds:
         a_0 = self.backward(v, a, pull)
         if a_0 is not None:
             flat = dense(a_0).reshape(*totals[0].shape, *self.region.x.shape[1:])
-            totals.append(self.region.least(flat) - _dot(flat.abs(), self.slack[0]))
+            totals.append(self.region.least(flat) - dot(flat.abs(), self.slack[0]))
             if seen is not None:
                 seen.append(flat)
         return torch.stack(totals).sum(0)
@@ -211,7 +211,7 @@ class Bounds:
             assert isinstance(around, Affine | Lines)
             return *a.through(around, chosen), a._replace(a=a.a.abs()).dot(self.slack[v])
         parts, constant = around.pull(a, chosen) if isinstance(around, Lines) else around.pull(a)
-        return parts, constant, _dot(a.abs(), self.slack[v])
+        return parts, constant, dot(a.abs(), self.slack[v])
 
     def to(self, graph: Graph) -> "Bounds":
         """Return these bounds for a graph of another dtype: to search with, not to claim."""
@@ -234,14 +234,9 @@ def _gamma(terms: int, unit: float) -> float:
     return terms * unit / (1 - terms * unit)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return <a, b> (n, s) for a (n, s, *shape) and b (n, *shape)."""
-    return (a.flatten(2) @ b.flatten(1)[..., None]).squeeze(2)
-
-
 def _least(a: Tensor, pair: Pair) -> Tensor:
     middle, half = (pair[0] + pair[1]) / 2, (pair[1] - pair[0]) / 2
-    return _dot(a, middle) - _dot(a.abs(), half)
+    return dot(a, middle) - dot(a.abs(), half)
 
 
 def dense(a: "Tensor | Windows") -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.certification.bounds import Bounds, Slopes
 from assay.certification.graph import Graph
 from assay.certification.rules import Affine
-from assay.certification.windows import Windows
+from assay.certification.windows import Windows, chosen
 
 MEMORY = 2**24
 """Bytes that the coefficients of one backward pass may take, per tensor about."""
@@ -150,7 +150,8 @@ def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None
         for at in torch.split(places, max(1, most // (2 * len(rows))), 1):
             if time.monotonic() > deadline:
                 break
-            entries = _entries(at, wanted.shape[1:], low.dtype)
+            both, sign = torch.cat([at, at], 1), torch.ones_like(at, dtype=low.dtype)
+            entries = chosen(both, torch.cat([sign, -sign], 1), tuple(wanted.shape[1:]))
             found = part.lower(v, entries) if ascent is None else ascent(part, v, entries)[0]
             below, above = found[:, : at.shape[1]], -found[:, at.shape[1] :]
             where = rows[:, None].expand_as(at)
@@ -158,14 +159,3 @@ def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None
             high[where, at] = torch.minimum(high[where, at], above)
         begin += together
     bounds.pairs[v], bounds.around = (low.view(wanted.shape), high.view(wanted.shape)), {}
-
-
-def _entries(at: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor | Windows:
-    """Return coefficients that choose the entries ``at`` (n, s) of a step, and the same with the sign turned."""
-    both = torch.cat([at, at], 1)
-    sign = torch.ones_like(both, dtype=dtype)
-    sign[:, at.shape[1] :] = -1
-    if len(shape) == 4 and shape[0] == 1 and shape[-1] * shape[-2] > 1:
-        return Windows.single(both, sign, tuple(shape))
-    eye = torch.zeros(*both.shape, math.prod(shape), dtype=dtype, device=at.device)
-    return eye.scatter(2, both[..., None], sign[..., None]).view(*both.shape, *shape)

@@ -189,13 +189,13 @@ class Lines(NamedTuple):
         low = self.low[:, None]
         if slopes is not None and self.free is not None:
             low = torch.where(self.free[:, None], slopes, low)
-        constant = _dot(minus, self.high0)
+        constant = dot(minus, self.high0)
         if self.low0 is not None:
-            constant = constant + _dot(plus, self.low0)
+            constant = constant + dot(plus, self.low0)
         return (plus * low + minus * self.high[:, None],), constant
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return <a, b> (n, s) for a (n, s, *shape) and b (n, *shape)."""
     return (a.flatten(2) @ b.flatten(1)[..., None]).squeeze(2)
 
@@ -341,7 +341,7 @@ class Planes(NamedTuple):
         plus = a.clamp(min=0)
         minus = a - plus
         parts = tuple(plus * self.below[k][:, None] + minus * self.above[k][:, None] for k in (0, 1))
-        return parts, _dot(plus, self.below[2]) + _dot(minus, self.above[2])
+        return parts, dot(plus, self.below[2]) + dot(minus, self.above[2])
 
 
 @final

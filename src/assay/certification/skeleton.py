@@ -8,7 +8,7 @@ Every entry of another function, and every window of a max pooling without a sur
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from assay.certification.bounds import Bounds, dense
 from assay.certification.methods import ascend
 from assay.certification.region import Region
 from assay.certification.rules import Affine, Largest, Lines
-from assay.certification.windows import Windows
-
-Parts: TypeAlias = Sequence[Tensor]
-"""A tensor (m, u) for each layer of open neurons, or (u,)."""
+from assay.certification.windows import Windows, chosen
 
 
 class Rows(NamedTuple):
@@ -156,7 +153,8 @@ def fold(bounds: Bounds, steps: int, rate: float, deadline: float = math.inf) ->
         if len(entries) * width + sum(k.rows.start.numel() for k in layers) > _MOST:
             raise TooLargeError
         (i,) = step.inputs
-        rows = express(bounds, layers, i, _chosen(places, bounds.graph.steps[i].shape, bounds.graph.dtype))
+        ones = torch.ones(1, len(places), dtype=bounds.graph.dtype, device=places.device)
+        rows = express(bounds, layers, i, chosen(places[None], ones, bounds.graph.steps[i].shape))
         if layers and time.monotonic() < deadline:
             _tighten(bounds, i, places, Skeleton(tuple(layers), bounds.region), rows, steps, rate)
             known = dict(zip(entries.tolist(), range(len(entries)), strict=True))
@@ -213,13 +211,6 @@ def best_of(skeleton: Skeleton, rows: Rows, steps: int, rate: float) -> tuple[Te
         return skeleton.lower(rows, State(())), ()
     _, best = ascend(lambda leaves: quick.lower(low, State(tuple(leaves))), slopes, [1.0] * len(slopes), steps, rate)
     return skeleton.lower(rows, State(tuple(s.double() for s in best))), tuple(best)
-
-
-def _chosen(entries: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> "Tensor | Windows":
-    if len(shape) == 4 and shape[0] == 1 and shape[-1] * shape[-2] > 1:
-        return Windows.single(entries[None], torch.ones(1, len(entries), dtype=dtype, device=entries.device), shape)
-    eye = torch.zeros(len(entries), math.prod(shape), dtype=dtype, device=entries.device)
-    return eye.scatter(1, entries[:, None], 1.0).view(1, len(entries), *shape)
 
 
 def express(bounds: Bounds, layers: Sequence[Layer], v: int, a: "Tensor | Windows") -> Rows:

@@ -4,6 +4,7 @@ Rows that start from single entries of a convolutional map are kept as windows a
 where a step is not local. (auto_LiRPA has the same idea as its "patches" mode.)
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -134,3 +135,11 @@ class Windows(NamedTuple):
         inside = grown.cut(torch.ones(1, 1, a.shape[1], *size, dtype=a.dtype, device=a.device))
         constant = self.dot(rule.offset[None])
         return (grown._replace(a=grown.a * inside),), constant
+
+
+def chosen(entries: Tensor, sign: Tensor, shape: tuple[int, ...]) -> Tensor | Windows:
+    """Return coefficients of a step's value (*shape), of which each row has one entry: ``entries`` (n, s), ``sign``."""
+    if len(shape) == 4 and shape[0] == 1 and shape[-1] * shape[-2] > 1:
+        return Windows.single(entries, sign, shape)
+    none = torch.zeros(*entries.shape, math.prod(shape), dtype=sign.dtype, device=entries.device)
+    return none.scatter(2, entries[..., None], sign[..., None]).view(*entries.shape, *shape)
