@@ -1,9 +1,7 @@
 """How a model votes on noisy copies of its inputs: counted draw by draw, in any batches, and kept where asked."""
 
-import contextlib
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from assay.certification.smoothing_noise import Noise
 from assay.core.errors import DataError, RunError
+from assay.core.files import replacing
 from assay.core.progress import Progress, Snapshot
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels
@@ -147,14 +146,10 @@ class Journal:
         """Write the votes, if the last time is long enough ago."""
         if self.path is None or votes is None or not (now or time.monotonic() >= self._next):
             return
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
         try:
-            with temporary.open("wb") as f:
+            with replacing(self.path) as f:
                 np.savez(f, votes=votes.cpu().numpy(), settings=np.array(json.dumps(self.settings)))
-            temporary.replace(self.path)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise RunError("a journal that can be written", f"{self.path}: {e.strerror}", "Name another file.") from e
         self._next = time.monotonic() + _SECONDS
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from assay.core.files import replacing
 
 _SECONDS: Final = 5.0
 """Between two saves, at least; and twenty times what a save takes."""
@@ -28,15 +29,10 @@ class Journal:
         if self.path is None or not (now or time.monotonic() >= self._next):
             return
         begin = time.monotonic()
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
-        try:
+        with contextlib.suppress(OSError):  # a full disk, say: storing the block will report it
             self.path.parent.mkdir(exist_ok=True)
-            with temporary.open("wb") as f:
+            with replacing(self.path) as f:
                 np.savez(f, **state())  # type: ignore[arg-type]
-            temporary.replace(self.path)
-        except OSError:  # a full disk, say: storing the block will report it
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
         end = time.monotonic()
         self._next = end + max(_SECONDS, 20 * (end - begin))
 

@@ -1,11 +1,9 @@
 """The report: one HTML file that needs nothing else, neither network nor script, to be read."""
 
 import base64
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from assay.core.errors import RunError
+from assay.core.files import replacing
 from assay.reports import text
 from assay.reports.brackets import brackets
 from assay.reports.figures import confusions, curve
@@ -45,14 +44,11 @@ def write_report(run: Run, out: Path | None = None) -> Path:
     if file.is_dir():
         file = file / "report.html"
     page = render(run)
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as f:
+            f.write(page.encode())
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunError(f"a place that can be written for {file.name}", str(e), "Choose another --out.") from e
     return file
 

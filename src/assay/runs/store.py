@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from assay.core.errors import RunError
+from assay.core.files import replacing
 from assay.runs.schema import SAMPLES, VERSION
 
 _TALLY = b"assay.tally"
@@ -209,17 +210,10 @@ def _short(value: Any) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replacing(path) as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 _TROUBLE = {
