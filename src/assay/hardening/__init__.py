@@ -1,0 +1,1 @@
+"""Hardening: objectives, one training loop, and recipes."""
