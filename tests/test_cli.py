@@ -250,6 +250,8 @@ def test_ctrl_c_ends_with_130_the_race_so_far_and_the_command_to_go_on(tmp_path)
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background job ignores Ctrl-C, and hands that on to whatever it starts, these tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     deadline, journal = time.monotonic() + 120, tmp_path / "run" / "race" / "block.npz"
     while not journal.exists() and time.monotonic() < deadline:
