@@ -21,6 +21,7 @@ from assay.core.errors import DataError, ModelError
 from assay.core.types import Inputs, Labels, PerSample
 from assay.models.door import default_batch
 from assay.models.model import Model
+from assay.nets import GroupSort
 
 Shape: TypeAlias = tuple[int, ...]
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -307,7 +308,7 @@ _RULES: Final[dict[type[nn.Module], Rule]] = {
     **{kind: partial(_max_pool, axes) for axes, kind in enumerate(get_args(MaxPool), 1)},
     **{kind: partial(_avg_pool, axes) for axes, kind in enumerate(get_args(AvgPool), 1)},
     **{kind: partial(_adaptive_avg_pool, axes) for axes, kind in enumerate(get_args(AdaptiveAvgPool), 1)},
-    **dict.fromkeys((nn.Identity, nn.Flatten, nn.Unflatten), _same),
+    **dict.fromkeys((nn.Identity, nn.Flatten, nn.Unflatten, GroupSort), _same),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _same),
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign), _slope(1.0)),
     nn.Sigmoid: _slope(0.25),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from assay.nets import mnist_small
+
 
 def mnist_cnn() -> nn.Sequential:
     """Build the untrained demo network: 166,406 parameters, convolutions, ReLU and linear layers only.
@@ -15,13 +17,4 @@ def mnist_cnn() -> nn.Sequential:
         >>> mnist_cnn()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 100),
-        nn.ReLU(),
-        nn.Linear(100, 10),
-    )
+    return mnist_small()
