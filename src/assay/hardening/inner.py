@@ -15,6 +15,7 @@ from assay.attacks.loop import GradientAttack, HasX
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels
 from assay.models.door import Gradient
+from assay.models.patches import patched, stem_patches
 from assay.threats.problem import Goal, Problem
 from assay.threats.threat import Threat
 
@@ -41,7 +42,7 @@ def strongest(net: nn.Module, p: Problem, attack: GradientAttack[S]) -> Inputs:
 
     *Cost*: ``attack.questions`` forwards and backwards a sample.
     """
-    with evaluating(net):
+    with evaluating(net), patched(stem_patches(net)):
         s = attack.init(p)
         for k in range(attack.questions):
             x = s.x.detach().requires_grad_()

@@ -53,6 +53,13 @@ def find_patches(module: nn.Module, layout: torch.memory_format) -> list[Patch]:
     return patches
 
 
+def stem_patches(module: nn.Module) -> list[Patch]:
+    """Return patches of the first convolutions only: cheap enough to be found anew while weights change."""
+    stems = [m for m in module.modules() if type(m) is nn.Conv2d and _is_stem(m) and _is_untouched(m)]
+    return [(m, functools.partial(_convolve, m, m.weight.detach(), None if m.bias is None else m.bias.detach()))
+            for m in stems]  # fmt: skip
+
+
 def _is_stem(conv: nn.Conv2d) -> bool:
     taps = conv.kernel_size[0] * conv.kernel_size[1]
     return conv.in_channels <= _STEM_CHANNELS and conv.groups == 1 and taps <= _STEM_TAPS and _is_plain(conv)
