@@ -147,7 +147,7 @@ def _proven(samples: pa.Table, end: float, limit: float) -> str:
 def ticks(limit: float, units: Units, mark: float | None) -> tuple[Tick, ...]:
     """Return labelled sizes from 0 to ``limit``, and ``mark`` among them."""
     scale = units.denominator or 1
-    step = _round_step(limit * scale / 5)
+    step = round_step(limit * scale / 5)
     at = np.arange(0, limit * scale * 1.0001, step) / scale
     ticks = [Tick(100 * v / limit, "0" if v == 0 else units.show(float(v))) for v in at]
     if mark is None:
@@ -156,7 +156,7 @@ def ticks(limit: float, units: Units, mark: float | None) -> tuple[Tick, ...]:
     return (*near, Tick(100 * mark / limit, units.show(mark)))
 
 
-def _round_step(rough: float) -> float:
+def round_step(rough: float) -> float:
     """Return the next of 1, 2, 5, times a power of ten."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)

@@ -58,10 +58,10 @@ def render(run: Run) -> str:
     manifest, samples = read(run)
     s, asked = summarize(manifest), points(manifest, samples)
     cards, trouble = _cards(run, s, samples)
-    script = _part("report.js")
+    script = template("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             s=s,
@@ -83,35 +83,37 @@ def render(run: Run) -> str:
             sheets=_sheets(run.manifest, s),
             attacks=_attacks(run.manifest),
             raw=json.dumps(run.manifest, indent=2, ensure_ascii=False),
-            style=Markup(_part("report.css")),
+            style=Markup(template("report.css")),
             script=Markup(script),
             digest=digest,
         )
     )
 
 
-def _part(name: str) -> str:
+def template(name: str) -> str:
+    """Return a style or a script of the reports."""
     return resources.files("assay.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @functools.cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return what fills the templates of the reports in."""
+    made = Environment(
         loader=PackageLoader("assay.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": text.percent,
         "count": text.count,
         "duration": text.duration,
         "together": together,
         "size_of": _length,
     }
-    environment.globals |= {"span": text.span, "plural": text.plural}
-    return environment
+    made.globals |= {"span": text.span, "plural": text.plural}
+    return made
 
 
 def together(sentence: str) -> Markup:
