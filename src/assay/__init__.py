@@ -17,6 +17,7 @@ _HOME = {
     "DataError": "assay.core.errors",
     "Evaluation": "assay.evaluation",
     "Finding": "assay.evaluation",
+    "Hardened": "assay.hardening",
     "MissingExtraError": "assay.core.errors",
     "Model": "assay.models",
     "ModelError": "assay.core.errors",
@@ -30,12 +31,13 @@ _HOME = {
     "certify": "assay.certification",
     "compare": "assay.runs.compare",
     "evaluate": "assay.evaluation",
+    "harden": "assay.hardening",
     "load_data": "assay.data",
     "load_model": "assay.models.loaders",
 }
-_MODULES = ("attacks",)
+_MODULES = ("attacks", "defences", "nets")
 
-__all__ = ["__version__", "attacks", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

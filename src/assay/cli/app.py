@@ -13,6 +13,7 @@ from assay.cli.compare import compare
 from assay.cli.demo import demo
 from assay.cli.doctor import doctor
 from assay.cli.evaluate import evaluate
+from assay.cli.harden import harden
 from assay.cli.options import INTERRUPTED
 from assay.cli.report import report
 
@@ -26,6 +27,7 @@ what it can, keeps the results in a folder that survives any interruption, and w
   assay demo                                                        see it work, in a minute
   assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3     the same by hand
   assay certify demo:mnist-robust demo:mnist --threat linf:0.1      prove it
+  assay harden py:assay.nets:mnist_small train.npz --recipe mnist-0.3 --out hardened.safetensors
   assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
 
 [bold]MODEL[/bold]   .pt2 (torch.export) | .safetensors or .pth weights with --arch module:callable | py:module:callable
@@ -47,7 +49,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for command in (evaluate, attack, certify, compare, report, demo, doctor):
+for command in (evaluate, attack, certify, harden, compare, report, demo, doctor):
     app.command()(command)
 
 

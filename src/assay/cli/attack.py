@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +68,7 @@ def attack(
     from assay.evaluation.preflight import check_data, check_model
     from assay.threats import Threat
 
-    chosen = get(with_, **_parameters(set_ or []))
+    chosen = get(with_, **o.parameters(set_ or []))
     samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
     bits = _bits(quantize, samples.shape, save_images)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
@@ -141,16 +140,6 @@ def _keep(folder: Path, result: dict[str, Any], attack: "Runnable", work: "_Work
     part = folder / ".attack.json.part"
     part.write_text(text + "\n")
     part.replace(folder / "attack.json")
-
-
-def _parameters(pairs: Iterable[str]) -> dict[str, str]:
-    parameters = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set takes NAME=VALUE, for example steps=200; got {pair!r}")
-        parameters[name.strip()] = value.strip()
-    return parameters
 
 
 def _class(text: str, data: "Data", classes: int) -> int:

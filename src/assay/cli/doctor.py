@@ -17,6 +17,7 @@ _NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors",
 _OPTIONAL: Final = {
     "torchvision": "pip install torchvision (of the release that belongs to your torch)",
     "onnx": "pip install 'assay[onnx]' (with onnxruntime, onnx2torch and onnx2pytorch), to read .onnx files",
+    "lightning_fabric": "pip install 'assay[harden]', to train with `assay harden`",
     "keras": "support for .keras comes in a later version",
     "timm": "support for timm: comes in a later version",
     "transformers": "support for hf: comes in a later version",

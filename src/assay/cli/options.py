@@ -5,7 +5,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeAlias, TypeVar
 
@@ -113,6 +113,17 @@ def numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.485,0.456,0.406") from None
+
+
+def parameters(pairs: Iterable[str]) -> dict[str, str]:
+    """Read ``NAME=VALUE``, as often as it was given."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set takes NAME=VALUE, for example steps=200; got {pair!r}")
+        found[name.strip()] = value.strip()
+    return found
 
 
 def device_of(wanted: str | None) -> str:

@@ -122,6 +122,28 @@ class Data:
         first = Data(samples, labels, name=self.name, source=self.source, class_names=self.class_names)
         return first.scaled(*self._range)
 
+    def take(self, rows: Rows | Sequence[int]) -> "Data":
+        """Return the samples at positions ``rows`` (b,), decoded and in memory.
+
+        Raises:
+            DataError: see :meth:`batch`; no rows (``empty-data``).
+        """
+        at = torch.as_tensor(rows, dtype=torch.int64)
+        values = [self._samples.stored(part) for part in torch.split(at, 256)] if len(at) else [torch.empty(0)]
+        some = Arrays(torch.cat(values)), self.labels[at]
+        return Data(*some, name=self.name, source=self.source, class_names=self.class_names).scaled(*self._range)
+
+    def held(self, most: int = 4 * 2**30) -> "Data":
+        """Return the data decoded and in memory, where that takes no more than ``most`` bytes; else as it is."""
+        if isinstance(self._samples, Arrays):
+            return self
+        one = self._samples.stored(torch.tensor([0]))
+        if one.numel() * one.element_size() * len(self) > most:
+            return self
+        kept = self.take(torch.arange(len(self)))
+        kept._fingerprint = self._fingerprint
+        return kept
+
     def check(self) -> None:
         """Read and decode every sample once, so that no later batch can fail.
 

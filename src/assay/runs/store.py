@@ -86,11 +86,11 @@ class Run:
         there = Run.read(self.path)
         if not resume:
             raise RunError("a folder without a run (--no-resume)", str(self.path), "Remove it or choose another --out.")
-        differences = list(_differences(there.manifest.get("identity", {}), self.manifest.get("identity", {})))
-        if differences:
+        found = list(differences(there.manifest.get("identity", {}), self.manifest.get("identity", {})))
+        if found:
             raise RunError(
                 f"the settings of the run in {self.path}",
-                "; ".join(differences),
+                "; ".join(found),
                 "Choose another --out, or repeat the run's own settings to go on with it.",
             )
         self.manifest["created"] = there.manifest.get("created", self.manifest.get("created"))
@@ -195,11 +195,11 @@ def _refuse_strangers(folder: Path) -> None:
         )
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
     """Say in words where two plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif old != new:
         yield f"{where} was {_short(old)} and is {_short(new)}"
 

@@ -1,0 +1,337 @@
+"""``assay.harden``: from a network and its data to one that can take more."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from assay.core.errors import DataError, MissingExtraError, ModelError, RunError, ThreatError
+from assay.core.files import replacing
+from assay.core.registry import UsageError, build, closest, describe
+from assay.core.types import Inputs, Logits
+from assay.data import Data, load_data
+from assay.hardening import objectives  # noqa: F401  (registers them)
+from assay.hardening.export import check_format, export
+from assay.hardening.ibp_init import ibp_init
+from assay.hardening.loop import Moment, Task, Tell, Training
+from assay.hardening.objective import OBJECTIVES, Objective
+from assay.hardening.settings import Settings
+from assay.hardening.source import Source, split_off
+from assay.hardening.trackers import trackers
+from assay.models import Model
+from assay.models.fingerprint import fingerprint
+from assay.models.loaders import load_model
+from assay.reports.training import showing, write_history
+from assay.runs.store import differences
+from assay.threats import Threat
+from assay.threats.threat import outside_box
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Hardened:
+    """What training left.
+
+    Args:
+        net: the trained network, of the type that was given, in eval mode on the CPU.
+        model: the same as a model, with its box and its normalisation: what to evaluate.
+        history: one row a validation: epoch, lr, eps, loss, accuracies (shares), passes and seconds so far, events.
+        forwards, backwards: passes of training, summed over samples; validation is not among them.
+        seconds: of training and validation, without interruptions.
+        stopped: why training ended before its last epoch; empty where it did not.
+    """
+
+    net: nn.Module
+    model: Model
+    history: pa.Table
+    forwards: int
+    backwards: int
+    seconds: float
+    stopped: str = ""
+
+
+@final
+class Inside(nn.Module):
+    """A network with its normalisation inside: (x - mean) / std, then the network."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        assert model.module is not None
+        self.net = model.module
+        self.normalises = model.mean is not None
+        for name, value in (("mean", model.mean), ("std", model.std)):
+            v = torch.zeros(()) if value is None else torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, v.view(-1, 1, 1) if v.ndim else v, persistent=False)
+
+    def forward(self, x: Inputs) -> Logits:
+        z = self.net((x - self.mean) / self.std if self.normalises else x)
+        return getattr(z, "logits", z)  # type: ignore[no-any-return]
+
+
+def harden(
+    net: Any,
+    train: Any,
+    threat: Threat | str,
+    method: str | Objective = "pgd",
+    valid: Any = None,
+    epochs: int = 10,
+    out: str | Path | None = None,
+    resume: bool = True,
+    *,
+    extra: Any = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool | Tell = True,
+    log: Sequence[str] = (),
+    command: str | None = None,
+    **settings: Any,
+) -> Hardened:
+    """Train a network so that it can take more; the network given is left as it is.
+
+    Args:
+        net: an ``nn.Module`` that takes inputs in [0, 1], an :class:`assay.Model` of one (its box and normalisation
+            are kept), or a MODEL form of the command line. Training starts from its weights.
+        train: ``(x, y)``, a dataset, a loader, or a DATA form of the command line.
+        threat: with an eps: what to train against.
+        method: the name of a training method, ``assay.hardening.OBJECTIVES.names()``, or an objective.
+        valid: data to validate on; None holds back the last 5 % of ``train``, 2,000 samples at the most.
+        epochs: how often all samples of ``train`` are learned from.
+        out: where the network goes: ``.safetensors`` (weights), ``.pt2`` or ``.onnx`` (whole). Beside it a folder
+            ``NAME.training`` holds the checkpoint, the history as a table and as a page. None keeps nothing on disk.
+        resume: go on with the training of the same settings that is in that folder.
+        extra: a second source of training data, generated or unlabelled with pseudo-labels, say.
+        seed: of all random numbers.
+        device: where to train; None for a GPU if there is one.
+        progress: show progress, or call this with every :class:`Moment`.
+        log: ``tensorboard``, ``mlflow``.
+        command: what reproduces the training, for its manifest.
+        **settings: those of the method (``steps=7``, ``beta=6``) and of the loop (:class:`Settings`: ``lr=0.1``).
+
+    Returns:
+        The hardened network. What it can take is then for :func:`assay.evaluate` to say.
+
+    Raises:
+        UsageError: a setting that neither method nor loop has, or a value that does not fit.
+        DataError, ThreatError, ModelError: network, data and threat do not fit; raised before any training.
+        RunError: ``out`` cannot be written, or holds a training of other settings.
+        NonFiniteError: the loss is not finite.
+        MissingExtraError: a package is missing; the message says how to get it.
+    """
+    model, threat = _model(net), Threat.parse(threat) if isinstance(threat, str) else threat
+    objective, how = split_settings(method, settings)
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_format(path)
+    data, held_back = _data(train, valid, model)
+    more = None if extra is None else load_data(extra).scaled(model.domain.lo, model.domain.hi)
+    threat = _checked(threat, objective, model, data)
+    classes = _classes(model, [data, held_back, *([more] if more else [])])
+    fabric = _fabric(device, how.precision)
+    source = Source(data, more, how.batch_size, how.extra_share, seed)
+    task = partial(Task, threat=threat, settings=how, epochs=epochs, classes=classes, source=source, valid=held_back)
+    about = {
+        "method": describe(objective, OBJECTIVES.name_of),
+        "threat": threat.to_json(),
+        "settings": how.to_json(),
+        "epochs": epochs,
+        "seed": seed,
+        "model": fingerprint(model),
+        "data": {"train": data.fingerprint(), "valid": held_back.fingerprint(), "extra": more and more.fingerprint()},
+    }
+    folder = None if path is None else _folder(path.with_suffix(".training"), about, command, resume=resume)
+    send = trackers(log, folder, about)
+    with showing(progress) as show:
+        helpers = []
+        for i, helper in enumerate(objective.helpers, 1):
+            own = task(objective=helper, seed=seed + i, what=f"{OBJECTIVES.name_of(helper)} {i} first")
+            helpers.append(_train(_fresh(model, seed + i, how), own, fabric, folder, f"helper-{i}", show).plain)
+        for h in helpers:
+            h.requires_grad_(False)
+        whole = Inside(_copied(model, seed, how))
+        own = task(objective=objective, seed=seed, helpers=tuple(helpers), what=OBJECTIVES.name_of(objective))
+        done = _train(whole, own, fabric, folder, "checkpoint", _sending(show, send))
+    return _finished(done, whole, model, data.shape, path, folder, about)
+
+
+def _train(whole: nn.Module, task: Task, fabric: "Fabric", folder: Path | None, name: str, show: Tell) -> Training:
+    training = Training(whole, task, fabric, folder and folder / f"{name}.safetensors", show)
+    training.run()
+    return training
+
+
+def _finished(
+    done: Training, whole: Inside, model: Model, shape: tuple[int, ...], path: Path | None, folder: Path | None,
+    about: Mapping[str, Any],
+) -> Hardened:  # fmt: skip
+    """Write what is to be kept, and return the result."""
+    whole.cpu().requires_grad_(True)
+    history = table(done.rows)
+    if path is not None and folder is not None:
+        export(whole, whole.net.state_dict(), shape, path)
+        with replacing(folder / "history.parquet") as f:
+            pq.write_table(history, f)
+        write_history(folder / "history.html", done.rows, {**about, "stopped": done.stopped, "file": path.name})
+    hardened = Model(whole.net, model.box, model.mean, model.std, name=model.name)
+    passes = done.counter.forwards, done.counter.backwards
+    return Hardened(whole.net, hardened, history, *passes, done.clock.seconds, done.stopped)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return the history as a table; parts of the loss become columns ``loss/NAME``."""
+    flat = [{**{n: v for n, v in r.items() if n != "parts"}, **{f"loss/{n}": v for n, v in r["parts"].items()}}
+            for r in rows]  # fmt: skip
+    return pa.Table.from_pylist(flat)
+
+
+# ---------------------------------------------------------------------------------------- what is checked beforehand
+
+
+def _model(net: Any) -> Model:
+    model = load_model(net) if isinstance(net, str | Path) else net if isinstance(net, Model) else Model(net)
+    if model.module is None or not any(p.is_floating_point() for p in model.module.parameters()):
+        raise ModelError("a torch.nn.Module with parameters", type(model.net).__name__, "Pass the network itself.")
+    if model.probabilities:
+        raise ModelError("a network that returns logits", "probabilities", "Take off its softmax to train it.")
+    return model
+
+
+def split_settings(method: str | Objective, given: Mapping[str, Any]) -> tuple[Objective, Settings]:
+    """Return the objective and the settings of the loop that these names and values belong to."""
+    mine = {f.name for f in fields(Settings)}
+    loop = {n: v for n, v in given.items() if n in mine}
+    rest = {n: v for n, v in given.items() if n not in mine}
+    if isinstance(method, Objective):
+        if rest:
+            raise UsageError("settings of the loop beside an objective", ", ".join(rest), "Set them in the objective.")
+        return method, build(Settings, loop, "training")
+    kind = OBJECTIVES[method]
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in rest:
+        if name not in known:
+            raise UsageError(f"a setting of {method} or of training", repr(name), closest(name, [*known, *mine]))
+    return build(kind, rest, method), build(Settings, loop, "training")
+
+
+def _data(train: Any, valid: Any, model: Model) -> tuple[Data, Data]:
+    data = load_data(train).scaled(model.domain.lo, model.domain.hi)
+    if valid is None:
+        return split_off(data)
+    other = load_data(valid).scaled(model.domain.lo, model.domain.hi)
+    if other.shape != data.shape:
+        raise DataError(f"validation samples of shape {data.shape}", f"{other.shape}", "Give data of one kind.")
+    return data, other
+
+
+def _checked(threat: Threat, objective: Objective, model: Model, data: Data) -> Threat:
+    if threat.eps is None:
+        raise ThreatError("an eps to train against", str(threat), "Write for example linf:8/255.")
+    if threat.targeted or threat.quantize is not None:
+        raise ThreatError("an untargeted threat without quantize", str(threat.to_json()), "Leave them out.")
+    if threat.norm.name not in objective.norms:
+        known = ", ".join(objective.norms)
+        raise ThreatError(f"one of {known} for {OBJECTIVES.name_of(objective)}", str(threat), "Choose another method.")
+    return threat.within(model.domain, int(np.prod(data.shape)))
+
+
+def _classes(model: Model, sources: Sequence[Data]) -> int:
+    """Ask the model about two samples, look at all of them once, and return the number of classes."""
+    with model.frozen() as live:
+        z = live(sources[0].batch([0, len(sources[0]) - 1]).to(live.device))
+    if z.ndim != 2 or z.shape[1] < 2:
+        raise ModelError("logits of shape (b, c) with c >= 2", f"{tuple(z.shape)}", "Return logits.", code="bad-logits")
+    box, c = model.domain, z.shape[1]
+    for data in sources:
+        if not (int(data.labels.min()) >= 0 and int(data.labels.max()) < c):
+            found = f"labels from {int(data.labels.min())} to {int(data.labels.max())} in {data.name}"
+            raise DataError(f"labels from 0 to {c - 1}", found, "Check that model and data belong together.")
+        for rows in torch.split(torch.arange(len(data)), 1024):
+            x = data.batch(rows)
+            bad = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
+            if bad.any():
+                raise outside_box(box, (float(x.min()), float(x.max())), rows[bad].tolist(), len(data))
+    return c
+
+
+def _fabric(device: torch.device | str | None, precision: str) -> "Fabric":
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as e:
+        raise MissingExtraError("the package lightning-fabric", "none", "pip install 'assay[harden]'.") from e
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    devices: Any = 1 if place.type == "cpu" else [place.index or 0]
+    return Fabric(accelerator=place.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ networks and files
+
+
+def _copied(model: Model, seed: int, how: Settings) -> Model:
+    """Return the model with a copy of its network, which is what is trained."""
+    net = copy.deepcopy(model.module)
+    assert net is not None
+    if how.init == "ibp":
+        ibp_init(net, seed)
+    return Model(net.float().requires_grad_(True), model.box, model.mean, model.std, name=model.name)
+
+
+def _fresh(model: Model, seed: int, how: Settings) -> Inside:
+    """Return the network with weights of its own: those of its layers that can draw them anew."""
+    own = Inside(_copied(model, seed, how))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for layer in own.modules():
+            if callable(draw := getattr(layer, "reset_parameters", None)):
+                draw()
+    return own
+
+
+def _folder(folder: Path, identity: Mapping[str, Any], command: str | None, *, resume: bool) -> Path:
+    """Make the folder of a training, or check that the one there is of the same settings."""
+    from assay import __version__
+
+    manifest = folder / "manifest.json"
+    plain = json.loads(json.dumps({**identity, "assay": __version__}))
+    try:
+        if manifest.exists():
+            there = json.loads(manifest.read_text(encoding="utf-8"))
+            if not resume:
+                raise RunError("a folder without a training", str(folder), "Remove it, or choose another --out.")
+            if found := list(differences(there.get("identity", {}), plain)):
+                remedy = "Choose another --out, or repeat the training's own settings to go on with it."
+                raise RunError(f"the settings of the training in {folder}", "; ".join(found), remedy)
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(manifest) as f:
+            f.write(json.dumps({"identity": plain, "command": command}, indent=1).encode())
+    except (OSError, ValueError) as e:
+        raise RunError(f"a folder that can be written and read: {folder}", str(e), "Choose another --out.") from e
+    return folder
+
+
+def _sending(show: Tell, send: Sequence[Callable[[Mapping[str, Any]], None]]) -> Tell:
+    """Return what shows every moment, and sends each row to the trackers once."""
+    sent = [-1]
+
+    def tell(moment: Moment) -> None:
+        show(moment)
+        if moment.row is not None and moment.row["steps"] > sent[0]:
+            sent[0] = moment.row["steps"]
+            for one in send:
+                one(moment.row)
+
+    return tell
