@@ -20,7 +20,7 @@ import assay
 from assay.core.errors import DataError, MissingExtraError, ModelError, RunError, ThreatError
 from assay.core.registry import UsageError
 from assay.data import Data, load_data
-from assay.hardening import OBJECTIVES, Settings, recipe
+from assay.hardening import OBJECTIVES, BrokenDefence, Settings, recipe
 from assay.hardening.harden import split_settings
 from assay.hardening.source import Batch, Source, split_off
 from assay.hardening.watch import Validation, catastrophic, validate
@@ -128,6 +128,7 @@ def test_the_best_validation_is_kept_unless_the_last_is_wanted() -> None:
 # -------------------------------------------------------------------------------------------------- exact resumption
 
 
+@pytest.mark.filterwarnings("ignore::assay.hardening.BrokenDefence")
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -295,6 +296,12 @@ def test_a_tracker_that_is_not_installed_is_named() -> None:
             assay.harden(small(), blobs(), "linf:0.1", epochs=1, log=["mlflow"], **FAST)
 
 
+@pytest.mark.filterwarnings("error")
+def test_methods_that_were_broken_say_so() -> None:
+    with pytest.raises(BrokenDefence, match="Engstrom"):
+        assay.harden(small(), blobs(), "linf:0.1", "alp", epochs=1, **FAST)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_no_method_has_a_setting_that_the_loop_has_too(name: str) -> None:
     mine = {f.name for f in fields(OBJECTIVES[name])}
@@ -356,14 +363,17 @@ def test_the_command_trains_judges_and_says_before_and_after(tmp_path: Path) -> 
     (tmp_path / "mine.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_harden import blobs, small\n"
         "data = lambda: blobs()\ntest = lambda: blobs(60, seed=1)\n"
+        "def net():\n    net = small()\n    net[-1].reset_parameters()  # the command sets the seed\n    return net\n"
     )
-    words = "harden py:mine:small py:mine:data --threat linf:0.1 --epochs 2 --set batch_size=32 --set steps=2"
+    words = "harden py:mine:net py:mine:data --threat linf:0.1 --epochs 2 --set batch_size=32 --set steps=2"
     words += " --out net.safetensors --test py:mine:test --effort quick --json"
-    run = subprocess.run(
-        [sys.executable, "-m", "assay", *words.split()], check=False, cwd=tmp_path, capture_output=True, text=True
+    first, again = (
+        subprocess.run([sys.executable, "-m", "assay", *words.split()], check=False, cwd=tmp_path, capture_output=True)
+        for _ in range(2)
     )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    found, same = json.loads(first.stdout), json.loads(again.stdout)
     assert found["before"]["n"] == found["after"]["n"] == 60
     assert found["after"]["robust_accuracy"] > found["before"]["robust_accuracy"]
+    assert same["training"]["seconds"] == found["training"]["seconds"], "the second time it is only read"
     assert (tmp_path / "net.safetensors").exists()

@@ -1,5 +1,6 @@
 """``assay harden``: train a network so that it can take more, and say by the verdict what that brought."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,8 @@ def harden(
     assay harden py:nets:small train.npz --threat linf:0.1 --epochs 5 --out hardened.safetensors
     assay harden py:assay.nets:mnist_small train.npz --recipe mnist-0.3 --test demo:mnist --out hardened.safetensors
     """
+    import torch
+
     from assay.hardening import harden as train
     from assay.hardening import recipe as recipes
 
@@ -109,11 +112,13 @@ def harden(
     if not model or not data or out is None or not wanted:
         raise UsageError("MODEL, DATA, --threat (or --recipe) and --out FILE", "not all of them", "See --help.")
     place = o.device_of(device)
+    torch.manual_seed(seed)  # a network that is built anew draws its weights
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     own = method is None or kept is None or method == kept.method
     how: dict[str, Any] = dict(kept.settings) if kept and own else {}
     how |= o.parameters(settings or [])
     samples, judged = _data(data, valid, test, limit, test_limit, trust_pickle=trust_pickle)
+    warnings.showwarning = _warn  # type: ignore[assignment]
     result = train(
         loaded,
         samples,
@@ -141,6 +146,12 @@ def harden(
             runs.append(evaluate(one, judged, wanted, effort, prove, seed, None, place, folder, progress=shown))
             runs[-1].report()
     _say(result, runs, out, as_json=as_json, quiet=quiet)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Print a warning as a sentence, without the line of code that it comes from."""
+    o.errors.print(f"[yellow]warning[/yellow] ({category.__name__})", end=" ")
+    o.errors.print(str(message), markup=False, soft_wrap=True)
 
 
 def _data(

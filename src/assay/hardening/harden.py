@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -37,6 +38,10 @@ from assay.threats.threat import outside_box
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+class BrokenDefence(UserWarning):
+    """A training method that is kept to be seen through: what broke it, and what to take instead."""
 
 
 @final
@@ -134,6 +139,8 @@ def harden(
     """
     model, threat = _model(net), Threat.parse(threat) if isinstance(threat, str) else threat
     objective, how = split_settings(method, settings)
+    if warning := getattr(objective, "warning", ""):
+        warnings.warn(warning, BrokenDefence, stacklevel=2)
     path = None if out is None else Path(out)
     if path is not None:
         check_format(path)
@@ -218,13 +225,13 @@ def split_settings(method: str | Objective, given: Mapping[str, Any]) -> tuple[O
     if isinstance(method, Objective):
         if rest:
             raise UsageError("settings of the loop beside an objective", ", ".join(rest), "Set them in the objective.")
-        return method, build(Settings, loop, "training")
+        return method, build(Settings, {"ramp": method.ramp, **loop}, "training")
     kind = OBJECTIVES[method]
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in rest:
         if name not in known:
             raise UsageError(f"a setting of {method} or of training", repr(name), closest(name, [*known, *mine]))
-    return build(kind, rest, method), build(Settings, loop, "training")
+    return build(kind, rest, method), build(Settings, {"ramp": kind.ramp, **loop}, "training")
 
 
 def _data(train: Any, valid: Any, model: Model) -> tuple[Data, Data]:

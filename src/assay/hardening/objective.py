@@ -70,11 +70,12 @@ class Terms:
 class Objective(ABC):
     """A way to train. A subclass is a final frozen dataclass of hyper-parameters, one file a family.
 
-    ``norms`` are those of the threats it is defined for.
+    ``norms`` are those of the threats it is defined for, ``ramp`` is how eps grows unless the settings say otherwise.
     """
 
     __slots__ = ()
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
+    ramp: ClassVar[str] = "0,0"
 
     @property
     def replays(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,7 +34,9 @@ class PassCounter:
         if not self._counts:
             return
         if not isinstance(output, Tensor):
-            self.forwards += len(inputs[0]) * int(getattr(output, "passes", 1))
+            n = len(inputs[0]) * int(getattr(output, "passes", 1))
+            self.forwards += n
+            self.backwards += n if torch.is_grad_enabled() else 0  # no single tensor tells of it
             return
         n = len(output)
         self.forwards += n

@@ -30,7 +30,7 @@ class Settings:
             in straight lines; ``multistep``, a tenth after each milestone.
         milestones: shares after which multistep falls.
         warmup: share over which the rate grows from 0.
-        ramp: shares between which eps grows from 0 to its final value.
+        ramp: shares between which eps grows from 0 to its final value; each method has one of its own.
         stretch: that value, as a multiple of the eps of the threat, which is what is validated against.
         clip: largest norm of the gradient; 0 for no limit.
         l1: weight of the sum of all weights' absolute values.

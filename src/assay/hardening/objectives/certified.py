@@ -17,6 +17,9 @@ from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_t
 _TOLERANCE: Final = 0.5
 _TINY: Final = 1e-12
 
+_RAMP: Final = "0,0.4"
+"""Without a ramp the first bounds are so loose that training collapses to a constant."""
+
 
 def _shares(**values: float) -> None:
     """Refuse what is not a share.
@@ -97,6 +100,7 @@ class IBP(Objective):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    ramp: ClassVar[str] = _RAMP
     kappa: float = 0.7
     reg: float = 0.5
 
@@ -126,6 +130,7 @@ class CrownIBP(Objective):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    ramp: ClassVar[str] = _RAMP
     kappa: float = 1.0
     beta: float = 0.0
     reg: float = 0.5
@@ -157,6 +162,7 @@ class SABR(Objective):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    ramp: ClassVar[str] = _RAMP
     lam: float = 0.4
     steps: int = 8
     rel_step: float = 0.25
@@ -196,6 +202,7 @@ class MTLIBP(Objective):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    ramp: ClassVar[str] = _RAMP
     alpha: float = 0.5
     steps: int = 8
     rel_step: float = 0.25
