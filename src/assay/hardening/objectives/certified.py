@@ -7,29 +7,18 @@ import torch
 from torch import Tensor
 
 from assay.attacks import PGD
-from assay.core.registry import UsageError
 from assay.core.types import Inputs, per_sample
 from assay.hardening.inner import strongest
 from assay.hardening.intervals import Interval, Kink
 from assay.hardening.intervals_linear import Bounded, ancestors, worst_logits
 from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_terms
+from assay.hardening.objectives.checks import require
 
 _TOLERANCE: Final = 0.5
 _TINY: Final = 1e-12
 
 _RAMP: Final = "0,0.4"
 """Without a ramp the first bounds are so loose that training collapses to a constant."""
-
-
-def _shares(**values: float) -> None:
-    """Refuse what is not a share.
-
-    Raises:
-        UsageError: a value below 0 or above 1.
-    """
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"{name} from 0 to 1", f"{value:g}", "It is a share.")
 
 
 def _ball(s: Step, x: Inputs) -> Interval:
@@ -105,7 +94,7 @@ class IBP(Objective):
     reg: float = 0.5
 
     def __post_init__(self) -> None:
-        _shares(kappa=self.kappa)
+        require("kappa", self.kappa, 0, 1)
 
     def loss(self, s: Step, x: Inputs) -> Terms:
         return _mixed(s, worst_logits(s.net, _ball(s, x), s.y), self.kappa * s.ramp, self.reg)
@@ -136,7 +125,8 @@ class CrownIBP(Objective):
     reg: float = 0.5
 
     def __post_init__(self) -> None:
-        _shares(kappa=self.kappa, beta=self.beta)
+        require("kappa", self.kappa, 0, 1)
+        require("beta", self.beta, 0, 1)
 
     def loss(self, s: Step, x: Inputs) -> Terms:
         beta = 1 - s.ramp * (1 - self.beta)
@@ -169,7 +159,7 @@ class SABR(Objective):
     reg: float = 0.5
 
     def __post_init__(self) -> None:
-        _shares(lam=self.lam)
+        require("lam", self.lam, 0, 1)
 
     def find(self, s: Step) -> Inputs:
         within = s.problem.with_radius((1 - self.lam) * s.problem.radius)
@@ -209,7 +199,7 @@ class MTLIBP(Objective):
     reg: float = 0.5
 
     def __post_init__(self) -> None:
-        _shares(alpha=self.alpha)
+        require("alpha", self.alpha, 0, 1)
 
     def find(self, s: Step) -> Inputs:
         return strongest(s.net, s.problem, PGD(steps=self.steps, rel_step=self.rel_step))
