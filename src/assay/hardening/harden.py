@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from assay.core.errors import DataError, MissingExtraError, ModelError, RunError, ThreatError
 from assay.core.files import replacing
@@ -31,6 +31,7 @@ from assay.hardening.trackers import trackers
 from assay.models import Model
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
+from assay.nets import Normalise
 from assay.reports.training import showing, write_history
 from assay.runs.store import differences
 from assay.threats import Threat
@@ -53,8 +54,9 @@ class Hardened:
         net: the trained network, of the type that was given, in eval mode on the CPU.
         model: the same as a model, with its box and its normalisation: what to evaluate.
         history: one row a validation: epoch, lr, eps, loss, accuracies (shares), passes and seconds so far, events.
-        forwards, backwards: passes of training, summed over samples; validation is not among them.
-        seconds: of training and validation, without interruptions.
+        forwards, backwards: passes of training, summed over samples, those of networks that had to be trained first
+            included; validation is not among them.
+        seconds: of all these trainings and their validation, without interruptions.
         stopped: why training ended before its last epoch; empty where it did not.
     """
 
@@ -68,23 +70,18 @@ class Hardened:
 
 
 @final
-class Inside(nn.Module):
-    """A network with its normalisation inside: (x - mean) / std, then the network."""
-
-    mean: Tensor
-    std: Tensor
+class Whole(nn.Module):
+    """A model as a module to train: from inputs inside the box to logits, its normalisation included."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         assert model.module is not None
         self.net = model.module
-        self.normalises = model.mean is not None
-        for name, value in (("mean", model.mean), ("std", model.std)):
-            v = torch.zeros(()) if value is None else torch.as_tensor(value, dtype=torch.float32)
-            self.register_buffer(name, v.view(-1, 1, 1) if v.ndim else v, persistent=False)
+        normalised = model.mean is not None and model.std is not None
+        self.normalise = Normalise(model.mean, model.std) if normalised else nn.Identity()  # type: ignore[arg-type]
 
     def forward(self, x: Inputs) -> Logits:
-        z = self.net((x - self.mean) / self.std if self.normalises else x)
+        z = self.net(self.normalise(x))
         return getattr(z, "logits", z)  # type: ignore[no-any-return]
 
 
@@ -163,16 +160,15 @@ def harden(
     folder = None if path is None else _folder(path.with_suffix(".training"), about, command, resume=resume)
     send = trackers(log, folder, about)
     with showing(progress) as show:
-        helpers = []
+        first = []
         for i, helper in enumerate(objective.helpers, 1):
             own = task(objective=helper, seed=seed + i, what=f"{OBJECTIVES.name_of(helper)} {i} first")
-            helpers.append(_train(_fresh(model, seed + i, how), own, fabric, folder, f"helper-{i}", show).plain)
-        for h in helpers:
-            h.requires_grad_(False)
-        whole = Inside(_copied(model, seed, how))
-        own = task(objective=objective, seed=seed, helpers=tuple(helpers), what=OBJECTIVES.name_of(objective))
+            first.append(_train(_fresh(model, seed + i, how), own, fabric, folder, f"helper-{i}", show))
+        helpers = tuple(t.plain.requires_grad_(False) for t in first)
+        whole = Whole(_copied(model, seed, how))
+        own = task(objective=objective, seed=seed, helpers=helpers, what=OBJECTIVES.name_of(objective))
         done = _train(whole, own, fabric, folder, "checkpoint", _sending(show, send))
-    return _finished(done, whole, model, data.shape, path, folder, about)
+    return _finished([*first, done], whole, model, data.shape, path, folder, about)
 
 
 def _train(whole: nn.Module, task: Task, fabric: "Fabric", folder: Path | None, name: str, show: Tell) -> Training:
@@ -182,10 +178,16 @@ def _train(whole: nn.Module, task: Task, fabric: "Fabric", folder: Path | None, 
 
 
 def _finished(
-    done: Training, whole: Inside, model: Model, shape: tuple[int, ...], path: Path | None, folder: Path | None,
+    trained: Sequence[Training],
+    whole: Whole,
+    model: Model,
+    shape: tuple[int, ...],
+    path: Path | None,
+    folder: Path | None,
     about: Mapping[str, Any],
-) -> Hardened:  # fmt: skip
-    """Write what is to be kept, and return the result."""
+) -> Hardened:
+    """Write what is to be kept, and return the result of the last training, with the cost of all."""
+    done = trained[-1]
     whole.cpu().requires_grad_(True)
     history = table(done.rows)
     if path is not None and folder is not None:
@@ -194,8 +196,9 @@ def _finished(
             pq.write_table(history, f)
         write_history(folder / "history.html", done.rows, {**about, "stopped": done.stopped, "file": path.name})
     hardened = Model(whole.net, model.box, model.mean, model.std, name=model.name)
-    passes = done.counter.forwards, done.counter.backwards
-    return Hardened(whole.net, hardened, history, *passes, done.clock.seconds, done.stopped)
+    forwards, backwards = (sum(getattr(t.counter, kind) for t in trained) for kind in ("forwards", "backwards"))
+    seconds = sum(t.clock.seconds for t in trained)
+    return Hardened(whole.net, hardened, history, forwards, backwards, seconds, done.stopped)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -296,9 +299,9 @@ def _copied(model: Model, seed: int, how: Settings) -> Model:
     return Model(net.float().requires_grad_(True), model.box, model.mean, model.std, name=model.name)
 
 
-def _fresh(model: Model, seed: int, how: Settings) -> Inside:
+def _fresh(model: Model, seed: int, how: Settings) -> Whole:
     """Return the network with weights of its own: those of its layers that can draw them anew."""
-    own = Inside(_copied(model, seed, how))
+    own = Whole(_copied(model, seed, how))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         for layer in own.modules():

@@ -63,15 +63,15 @@ def _positive(kind: str, text: str) -> float:
 
 @final
 class Normalise(nn.Module):
-    """``(x - mean) / std``, channel by channel; both are kept with the weights."""
+    """``(x - mean) / std``, channel by channel (axis 1), or with one number for all; both are kept with the weights."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float] | float, std: Sequence[float] | float) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).flatten())
 
     @classmethod
     def usual(cls, channels: int) -> "Normalise":
@@ -79,7 +79,8 @@ class Normalise(nn.Module):
         return cls(*_STATISTICS.get(channels, ((0.5,), (0.5,))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        mean, std = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.std))
+        return (x - mean) / std
 
 
 @final
