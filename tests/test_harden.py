@@ -203,6 +203,34 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path: Path) -> 
     assert (whole / "net.safetensors").read_bytes() == (broken / "net.safetensors").read_bytes()
 
 
+# ------------------------------------------------------------------------------------------------ several devices
+
+
+@pytest.mark.parametrize("method", ["pgd", "trades", "gradalign"])
+def test_two_processes_train_as_one_does(method: str) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
+    how = {"batch_size": 32, "valid_steps": 3, "progress": False, "optimiser": "sgd", "lr": 0.1, "clip": 1.0}
+    alone, together = (assay.harden(net, blobs(), "linf:0.1", method, epochs=2, devices=n, **how) for n in (1, 2))
+    for (name, a), b in zip(alone.net.state_dict().items(), together.net.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+    assert (alone.forwards, alone.backwards) == (together.forwards, together.backwards)
+    for column in ("loss", "train", "pgd"):
+        assert together.history[column].to_pylist() == pytest.approx(alone.history[column].to_pylist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pgd", "ibp"])
+def test_half_precision_trains_and_leaves_float32(method: str) -> None:
+    how = {"batch_size": 32, "valid_steps": 3, "progress": False, "precision": "bf16-mixed"}
+    h = assay.harden(small(), blobs(), "linf:0.05", method, epochs=6, lr=5e-3, **how)
+    assert {p.dtype for p in h.net.parameters()} == {torch.float32}
+    assert max(h.history["clean"].to_pylist()) > 0.6
+
+
+def test_errors_of_other_processes_come_back_as_they_were() -> None:
+    with pytest.raises(assay.NonFiniteError, match="Lower lr"):
+        assay.harden(small(), blobs(), "linf:0.1", "plain", lr=1e30, optimiser="sgd", progress=False, devices=2)
+
+
 # ---------------------------------------------------------------------------------------- catastrophic overfitting
 
 

@@ -45,6 +45,10 @@ Extra = Annotated[
 Log = Annotated[
     list[str] | None, typer.Option(metavar="tensorboard|mlflow", help="Where to log.", rich_help_panel=_TRAINING)
 ]
+Devices = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="GPUs, or CPU processes, that train together.", rich_help_panel=_TRAINING),
+]
 Test = Annotated[
     str | None,
     typer.Option(metavar="DATA", help="What the verdict is of; else of the validation data.", rich_help_panel=_VERDICT),
@@ -86,6 +90,7 @@ def harden(
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = None,
+    devices: Devices = 1,
     no_resume: o.NoResume = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -131,6 +136,7 @@ def harden(
         extra=extra,
         seed=seed,
         device=place,
+        devices=devices,
         progress=not (quiet or as_json),
         log=log or (),
         command=o.command_line(),

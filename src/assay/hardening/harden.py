@@ -2,12 +2,14 @@
 
 import copy
 import json
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +17,21 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from assay.core.errors import DataError, MissingExtraError, ModelError, RunError, ThreatError
+from assay.core.errors import AssayError, DataError, ModelError, RunError, ThreatError
 from assay.core.files import replacing
 from assay.core.registry import UsageError, build, closest, describe
 from assay.core.types import Inputs, Logits
 from assay.data import Data, load_data
 from assay.hardening import objectives  # noqa: F401  (registers them)
+from assay.hardening.checkpoint import read
+from assay.hardening.devices import fabric_for, one_thread
 from assay.hardening.export import check_format, export
 from assay.hardening.ibp_init import ibp_init
-from assay.hardening.loop import Moment, Task, Tell, Training
+from assay.hardening.loop import Training
 from assay.hardening.objective import OBJECTIVES, Objective
 from assay.hardening.settings import Settings
 from assay.hardening.source import Source, split_off
+from assay.hardening.task import Moment, Task, Tell
 from assay.hardening.trackers import trackers
 from assay.models import Model
 from assay.models.fingerprint import fingerprint
@@ -39,6 +44,8 @@ from assay.threats.threat import outside_box
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+CHECKPOINT: Final = "checkpoint.safetensors"
 
 
 class BrokenDefence(UserWarning):
@@ -98,6 +105,7 @@ def harden(
     extra: Any = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    devices: int = 1,
     progress: bool | Tell = True,
     log: Sequence[str] = (),
     command: str | None = None,
@@ -119,6 +127,8 @@ def harden(
         extra: a second source of training data, generated or unlabelled with pseudo-labels, say.
         seed: of all random numbers.
         device: where to train; None for a GPU if there is one.
+        devices: how many GPUs, or processes on a CPU, train together; each takes its part of every batch. Another
+            number gives other roundings; statistics of batches are those of the parts.
         progress: show progress, or call this with every :class:`Moment`.
         log: ``tensorboard``, ``mlflow``.
         command: what reproduces the training, for its manifest.
@@ -136,6 +146,7 @@ def harden(
     """
     model, threat = _model(net), Threat.parse(threat) if isinstance(threat, str) else threat
     objective, how = split_settings(method, settings)
+    _check_devices(devices, objective, how)
     if warning := getattr(objective, "warning", ""):
         warnings.warn(warning, BrokenDefence, stacklevel=2)
     path = None if out is None else Path(out)
@@ -145,60 +156,100 @@ def harden(
     more = None if extra is None else load_data(extra).scaled(model.domain.lo, model.domain.hi)
     threat = _checked(threat, objective, model, data)
     classes = _classes(model, [data, held_back, *([more] if more else [])])
-    fabric = _fabric(device, how.precision)
+    fabric = fabric_for(device, devices, how.precision)
     source = Source(data, more, how.batch_size, how.extra_share, seed)
-    task = partial(Task, threat=threat, settings=how, epochs=epochs, classes=classes, source=source, valid=held_back)
-    about = {
-        "method": describe(objective, OBJECTIVES.name_of),
-        "threat": threat.to_json(),
-        "settings": how.to_json(),
-        "epochs": epochs,
-        "seed": seed,
-        "model": fingerprint(model),
-        "data": {"train": data.fingerprint(), "valid": held_back.fingerprint(), "extra": more and more.fingerprint()},
-    }
-    folder = None if path is None else _folder(path.with_suffix(".training"), about, command, resume=resume)
-    send = trackers(log, folder, about)
-    with showing(progress) as show:
-        first = []
-        for i, helper in enumerate(objective.helpers, 1):
-            own = task(objective=helper, seed=seed + i, what=f"{OBJECTIVES.name_of(helper)} {i} first")
-            first.append(_train(_fresh(model, seed + i, how), own, fabric, folder, f"helper-{i}", show))
-        helpers = tuple(t.plain.requires_grad_(False) for t in first)
-        whole = Whole(_copied(model, seed, how))
-        own = task(objective=objective, seed=seed, helpers=helpers, what=OBJECTIVES.name_of(objective))
-        done = _train(whole, own, fabric, folder, "checkpoint", _sending(show, send))
-    return _finished([*first, done], whole, model, data.shape, path, folder, about)
+    job = _Job(
+        model=model,
+        objective=objective,
+        settings=how,
+        seed=seed,
+        task=partial(Task, threat=threat, settings=how, epochs=epochs, classes=classes, source=source, valid=held_back),
+        about={
+            "method": describe(objective, OBJECTIVES.name_of),
+            "threat": threat.to_json(),
+            "settings": how.to_json(),
+            "epochs": epochs,
+            "seed": seed,
+            "devices": devices,
+            "model": fingerprint(model),
+            "data": {"train": data.fingerprint(), "valid": held_back.fingerprint()}
+            | ({"extra": more.fingerprint()} if more else {}),
+        },
+        progress=progress,
+        log=tuple(log),
+    )
+    with _folder(path and path.with_suffix(".training"), job.about, command, resume=resume) as folder:
+        if trouble := fabric.launch(partial(job.train, folder=folder)):
+            raise trouble
+        return _finished(job, folder, path, data.shape)
 
 
-def _train(whole: nn.Module, task: Task, fabric: "Fabric", folder: Path | None, name: str, show: Tell) -> Training:
-    training = Training(whole, task, fabric, folder and folder / f"{name}.safetensors", show)
-    training.run()
-    return training
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """All that the processes of a training need."""
+
+    model: Model
+    objective: Objective
+    settings: Settings
+    seed: int
+    task: Callable[..., Task]
+    about: Mapping[str, Any]
+    progress: bool | Tell
+    log: tuple[str, ...]
+
+    def train(self, fabric: "Fabric", folder: Path) -> AssayError | None:
+        """Train, in each process; what comes out is in the checkpoints. Return what went wrong."""
+        if fabric.world_size > 1 and fabric.device.type == "cpu":
+            one_thread()
+        first, seed, objective = fabric.global_rank == 0, self.seed, self.objective
+        try:
+            with showing(self.progress if first else False) as show:
+                helpers = []
+                for i, (helper, name) in enumerate(zip(objective.helpers, self.helpers, strict=True), 1):
+                    whole = Whole(_fresh(self.model, seed + i, self.settings))
+                    own = self.task(objective=helper, seed=seed + i, what=f"{OBJECTIVES.name_of(helper)} {i} first")
+                    helpers.append(_trained(whole, own, fabric, folder / name, show))
+                whole = Whole(_copied(self.model, seed, self.settings))
+                own = self.task(
+                    objective=objective, seed=seed, helpers=tuple(helpers), what=OBJECTIVES.name_of(objective)
+                )
+                send = trackers(self.log, folder, self.about) if first else []
+                _trained(whole, own, fabric, folder / CHECKPOINT, _sending(show, send))
+        except AssayError as e:
+            return e
+        return None
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        """The checkpoints of the networks that are trained first."""
+        return tuple(f"helper-{i + 1}.safetensors" for i in range(len(self.objective.helpers)))
 
 
-def _finished(
-    trained: Sequence[Training],
-    whole: Whole,
-    model: Model,
-    shape: tuple[int, ...],
-    path: Path | None,
-    folder: Path | None,
-    about: Mapping[str, Any],
-) -> Hardened:
+def _trained(whole: nn.Module, task: Task, fabric: "Fabric", checkpoint: Path, show: Tell) -> nn.Module:
+    Training(whole, task, fabric, checkpoint, show).run()
+    return whole.requires_grad_(False)
+
+
+def _finished(job: _Job, folder: Path, path: Path | None, shape: tuple[int, ...]) -> Hardened:
     """Write what is to be kept, and return the result of the last training, with the cost of all."""
-    done = trained[-1]
-    whole.cpu().requires_grad_(True)
-    history = table(done.rows)
-    if path is not None and folder is not None:
+    whole = Whole(_copied(job.model, job.seed, job.settings))
+    parts, about = read(folder / CHECKPOINT)
+    whole.load_state_dict(parts["kept"])
+    whole.eval()
+    rows = about["rows"]
+    history = table(rows)
+    if path is not None:
         export(whole, whole.net.state_dict(), shape, path)
         with replacing(folder / "history.parquet") as f:
             pq.write_table(history, f)
-        write_history(folder / "history.html", done.rows, {**about, "stopped": done.stopped, "file": path.name})
-    hardened = Model(whole.net, model.box, model.mean, model.std, name=model.name)
-    forwards, backwards = (sum(getattr(t.counter, kind) for t in trained) for kind in ("forwards", "backwards"))
-    seconds = sum(t.clock.seconds for t in trained)
-    return Hardened(whole.net, hardened, history, forwards, backwards, seconds, done.stopped)
+        told = {**job.about, "stopped": about["stopped"], "file": path.name}
+        write_history(folder / "history.html", rows, told)
+    hardened = Model(whole.net, job.model.box, job.model.mean, job.model.std, name=job.model.name)
+    every = [about, *(read(folder / name)[1] for name in job.helpers)]
+    forwards, backwards = (sum(a["rows"][-1][kind] for a in every) for kind in ("forwards", "backwards"))
+    seconds = sum(a["clock"]["seconds"] for a in every)
+    return Hardened(whole.net, hardened, history, forwards, backwards, seconds, about["stopped"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -235,6 +286,14 @@ def split_settings(method: str | Objective, given: Mapping[str, Any]) -> tuple[O
         if name not in known:
             raise UsageError(f"a setting of {method} or of training", repr(name), closest(name, [*known, *mine]))
     return build(kind, rest, method), build(Settings, {"ramp": kind.ramp, **loop}, "training")
+
+
+def _check_devices(devices: int, objective: Objective, how: Settings) -> None:
+    if devices > 1 and how.batch_size % devices:
+        raise UsageError(f"a batch_size that {devices} devices share", f"{how.batch_size}", "Take a multiple of it.")
+    if devices > 1 and objective.replays > 1:
+        found = f"{devices} for {OBJECTIVES.name_of(objective)}"
+        raise UsageError("one device for what is kept from batch to batch", found, "Leave devices out.")
 
 
 def _data(train: Any, valid: Any, model: Model) -> tuple[Data, Data]:
@@ -277,16 +336,6 @@ def _classes(model: Model, sources: Sequence[Data]) -> int:
     return c
 
 
-def _fabric(device: torch.device | str | None, precision: str) -> "Fabric":
-    try:
-        from lightning_fabric import Fabric
-    except ImportError as e:
-        raise MissingExtraError("the package lightning-fabric", "none", "pip install 'assay[harden]'.") from e
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    devices: Any = 1 if place.type == "cpu" else [place.index or 0]
-    return Fabric(accelerator=place.type, devices=devices, precision=precision)  # type: ignore[arg-type]
-
-
 # ------------------------------------------------------------------------------------------------ networks and files
 
 
@@ -299,38 +348,45 @@ def _copied(model: Model, seed: int, how: Settings) -> Model:
     return Model(net.float().requires_grad_(True), model.box, model.mean, model.std, name=model.name)
 
 
-def _fresh(model: Model, seed: int, how: Settings) -> Whole:
-    """Return the network with weights of its own: those of its layers that can draw them anew."""
-    own = Whole(_copied(model, seed, how))
+def _fresh(model: Model, seed: int, how: Settings) -> Model:
+    """Return the model with weights of its own: those of its layers that can draw them anew."""
+    own = _copied(model, seed, how)
+    assert own.module is not None
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for layer in own.modules():
+        for layer in own.module.modules():
             if callable(draw := getattr(layer, "reset_parameters", None)):
                 draw()
     return own
 
 
-def _folder(folder: Path, identity: Mapping[str, Any], command: str | None, *, resume: bool) -> Path:
-    """Make the folder of a training, or check that the one there is of the same settings."""
+@contextmanager
+def _folder(folder: Path | None, identity: Mapping[str, Any], command: str | None, *, resume: bool) -> Iterator[Path]:
+    """Yield the folder of a training; one that is there must be of the same settings. None stands for a passing one."""
     from assay import __version__
 
-    manifest = folder / "manifest.json"
-    plain = json.loads(json.dumps({**identity, "assay": __version__}))
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="assay-") as passing:
+            yield Path(passing)
+        return
+    manifest, plain = folder / "manifest.json", json.loads(json.dumps({**identity, "assay": __version__}))
     try:
         if manifest.exists():
-            there = json.loads(manifest.read_text(encoding="utf-8"))
-            if not resume:
-                raise RunError("a folder without a training", str(folder), "Remove it, or choose another --out.")
-            if found := list(differences(there.get("identity", {}), plain)):
-                remedy = "Choose another --out, or repeat the training's own settings to go on with it."
-                raise RunError(f"the settings of the training in {folder}", "; ".join(found), remedy)
-            return folder
+            _admit(folder, json.loads(manifest.read_text(encoding="utf-8")), plain, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(manifest) as f:
             f.write(json.dumps({"identity": plain, "command": command}, indent=1).encode())
     except (OSError, ValueError) as e:
         raise RunError(f"a folder that can be written and read: {folder}", str(e), "Choose another --out.") from e
-    return folder
+    yield folder
+
+
+def _admit(folder: Path, there: Mapping[str, Any], identity: Mapping[str, Any], *, resume: bool) -> None:
+    if not resume:
+        raise RunError("a folder without a training", str(folder), "Remove it, or choose another --out.")
+    if found := list(differences(there.get("identity", {}), identity)):
+        remedy = "Choose another --out, or repeat the training's own settings to go on with it."
+        raise RunError(f"the settings of the training in {folder}", "; ".join(found), remedy)
 
 
 def _sending(show: Tell, send: Sequence[Callable[[Mapping[str, Any]], None]]) -> Tell:

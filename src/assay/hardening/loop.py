@@ -1,12 +1,7 @@
 """The one training loop. Order, rates, validation, monitor, averages, checkpoints and interruption are handled here."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,18 +11,19 @@ from torch.optim.swa_utils import update_bn
 
 from assay.core.errors import NonFiniteError
 from assay.core.random import Draws
-from assay.data import Data
 from assay.hardening.augment import augmented, parse
 from assay.hardening.average import averaged
 from assay.hardening.awp import perturbed
 from assay.hardening.checkpoint import optimiser_tensors, read, restore_optimiser, write
+from assay.hardening.devices import Precise, Together
 from assay.hardening.inner import around
-from assay.hardening.objective import Objective, Step
+from assay.hardening.interrupts import interruptible
+from assay.hardening.objective import Objective, Step, Terms
 from assay.hardening.passes import PassCounter
 from assay.hardening.settings import Settings
-from assay.hardening.source import Batch, Source
+from assay.hardening.source import Batch
+from assay.hardening.task import Clock, Moment, Task, Tell
 from assay.hardening.watch import Validation, catastrophic, validate
-from assay.threats import Threat
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,56 +35,6 @@ _ROLLBACKS = 3
 _STATISTICS = 100
 """Batches from which BatchNorm statistics are taken anew for averaged weights."""
 
-Tell = Callable[["Moment"], None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Where a training stands, for whoever watches: steps, and the latest row of the history, if there is one."""
-
-    what: str
-    done: int
-    total: int
-    steps: int  # an epoch
-    loss: float | None
-    row: dict[str, Any] | None
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is to be done: all that decides the weights."""
-
-    objective: Objective
-    threat: Threat  # its box settled
-    settings: Settings
-    epochs: int
-    seed: int
-    classes: int
-    source: Source
-    valid: Data
-    helpers: tuple[nn.Module, ...] = ()
-    what: str = ""
-
-
-@final
-@dataclass(slots=True)
-class Clock:
-    """The time spent on training and validation, all interruptions taken out: on the wall, and of this processor."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    begun: tuple[float, float] = (0.0, 0.0)
-
-    def start(self) -> None:
-        self.begun = time.monotonic() - self.seconds, time.process_time() - self.cpu_seconds
-
-    def read(self) -> dict[str, float]:
-        if any(self.begun):
-            self.seconds, self.cpu_seconds = time.monotonic() - self.begun[0], time.process_time() - self.begun[1]
-        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-
 
 @final
 class Training:
@@ -98,14 +44,15 @@ class Training:
     its checkpoint ends with the same weights: all random numbers are those of (seed, epoch, sample) or (seed, step).
     """
 
-    def __init__(self, net: nn.Module, task: Task, fabric: "Fabric", checkpoint: Path | None, tell: Tell) -> None:
+    def __init__(self, net: nn.Module, task: Task, fabric: "Fabric", checkpoint: Path, tell: Tell) -> None:
         self.task, self.fabric, self.checkpoint, self.tell = task, fabric, checkpoint, tell
         s = task.settings
         layout = {"memory_format": torch.channels_last} if s.channels_last else {}
         self.plain = net.to(fabric.device, **layout)  # type: ignore[call-overload]
         self.counter = PassCounter(self.plain)
-        optimiser = _optimiser(self.plain, s)
-        self.net, self.optimiser = fabric.setup(self.plain, optimiser)
+        self.net = self.plain if s.precision == "32-true" else Precise(self.plain, fabric)
+        self.optimiser = _optimiser(self.plain, s)
+        self.together = Together(fabric)
         self.average = averaged(self.plain, s)
         self.valid = task.valid.head(s.valid_limit or len(task.valid))
         self.augmentations = parse(s.augment)
@@ -135,12 +82,12 @@ class Training:
             KeyboardInterrupt: on Ctrl-C or SIGTERM, once the state is saved.
             NonFiniteError: the loss is not finite.
         """
-        if self.checkpoint is not None and self.checkpoint.exists():
+        if self.checkpoint.exists():
             self._restore(self.checkpoint)
         order, lap = None, -1
         self.clock.start()
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _interruptible() as interrupted:
+        with torch.random.fork_rng(devices), interruptible() as interrupted:
             while not self.done:
                 epoch, step = divmod(self.at, self.task.source.steps)
                 if epoch != lap:
@@ -151,7 +98,7 @@ class Training:
                 if step + 1 in self._checks():
                     self._check(epoch, step + 1)
                 self._keep_up(step + 1 == self.task.source.steps)
-                if interrupted():
+                if self.together.any(interrupted()):
                     self._save()
                     raise KeyboardInterrupt
         self._finish()
@@ -166,19 +113,7 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = s.rate(share) / 2**self.attempt
         self.net.train()
-        for _ in range(objective.replays):
-            x = objective.find(step)
-            self.optimiser.zero_grad()
-            gamma = s.awp if share >= s.awp_from else 0.0
-            with perturbed(self.net, lambda step=step, x=x: objective.loss(step, x).loss, gamma):  # type: ignore[misc]
-                terms = objective.loss(step, x)
-                self.fabric.backward(terms.loss + self._penalty())
-            objective.learned(step, x)
-            if s.clip:
-                self.fabric.clip_gradients(self.net, self.optimiser, max_norm=s.clip, error_if_nonfinite=False)
-            self.optimiser.step()
-            if self.average is not None and s.average == "ema":
-                self.average.update_parameters(self.plain)
+        terms = self._replay(objective, step, share)
         n = len(step.y)
         self.sums["loss"] += terms.loss.detach() * n
         self.sums["right"] += (terms.logits.argmax(1) == step.y).sum()
@@ -186,12 +121,32 @@ class Training:
         for name, part in terms.parts.items():
             self.parts[name] = self.parts.get(name, torch.zeros_like(self.sums["loss"])) + part * n
 
+    def _replay(self, objective: Objective, step: Step, share: float) -> Terms:
+        """Learn from a batch as often as its objective says; return what the last time gave."""
+        s = self.task.settings
+        for _ in range(objective.replays):
+            x = objective.find(step)
+            self.optimiser.zero_grad()
+            gamma = s.awp if share >= s.awp_from else 0.0
+            with perturbed(self.net, lambda step=step, x=x: objective.loss(step, x).loss, gamma):  # type: ignore[misc]
+                terms = objective.loss(step, x)
+                (terms.loss + self._penalty()).backward()  # type: ignore[no-untyped-call]
+            objective.learned(step, x)
+            self.together.average_gradients(self.plain)
+            if s.clip:
+                nn.utils.clip_grad_norm_(self.plain.parameters(), s.clip)
+            self.optimiser.step()
+            if self.average is not None and s.average == "ema":
+                self.average.update_parameters(self.plain)
+        return terms
+
     def _step(self, batch: Batch, epoch: int, share: float) -> Step:
         """Pose a batch: augmented, on the device, with its geometry at the present eps."""
         task, s, device = self.task, self.task.settings, self.fabric.device
         assert task.threat.box is not None
-        x, y = batch.x.to(device), batch.y.to(device)
-        draws = Draws(task.source.draws(batch.indices, epoch + (self.attempt << 16)).keys.to(device))
+        x, y, indices = (self.together.part(v) for v in (batch.x, batch.y, batch.indices))
+        x, y = x.to(device), y.to(device)
+        draws = Draws(task.source.draws(indices, epoch + (self.attempt << 16)).keys.to(device))
         soft = None
         if self.augmentations:
             x, soft = augmented(x, y, task.classes, self.augmentations, draws.fold(1), task.threat.box)
@@ -215,8 +170,9 @@ class Training:
     def _check(self, epoch: int, step: int) -> None:
         """Validate, write a row of the history, keep the best weights, and look for signs of trouble."""
         s, task = self.task.settings, self.task
-        seen = float(self.sums["seen"])
-        loss = float(self.sums["loss"]) / seen
+        self.together.average_statistics(self.plain)
+        sums, parts = self.together.sums(self.sums), self.together.sums(self.parts)
+        loss = sums["loss"] / sums["seen"]
         if self.average is not None and s.average == "swa" and step == task.source.steps:
             self._average_epoch(epoch)
         begun = time.monotonic()
@@ -229,14 +185,14 @@ class Training:
             "lr": self.optimiser.param_groups[0]["lr"],
             "eps": (task.threat.eps or 0.0) * s.stretch * s.grown((self.at - 1) / self.steps),
             "loss": loss,
-            "train": float(self.sums["right"]) / seen,
+            "train": sums["right"] / sums["seen"],
             **now.to_json(),
-            "forwards": self.counter.forwards,
-            "backwards": self.counter.backwards,
+            "forwards": self.counter.forwards * self.together.count,
+            "backwards": self.counter.backwards * self.together.count,
             **self.clock.read(),
             "validation": time.monotonic() - begun,
             "event": "",
-            "parts": {n: float(v) / seen for n, v in self.parts.items()},
+            "parts": {n: v / sums["seen"] for n, v in parts.items()},
         }
         self.rows.append(row)
         self.sums = {n: torch.zeros_like(v) for n, v in self.sums.items()}
@@ -287,7 +243,7 @@ class Training:
     def _roll_back(self) -> None:
         self.attempt += 1
         self.plain.load_state_dict(self.kept)
-        self.optimiser.optimizer.state.clear()
+        self.optimiser.state.clear()
         self.average = averaged(self.plain, self.task.settings)
         self.memory.clear()
 
@@ -303,7 +259,7 @@ class Training:
     def _keep_up(self, epoch_ends: bool) -> None:
         if self.at % 10 == 0:
             self._tell(None)
-        if self.checkpoint is not None and (epoch_ends or time.monotonic() - self._saved > _SAVE_SECONDS):
+        if epoch_ends or self.stopped or time.monotonic() - self._saved > _SAVE_SECONDS:
             self._save()
 
     def _tell(self, loss: float | None) -> None:
@@ -320,12 +276,12 @@ class Training:
     # -------------------------------------------------------------------------------------------------- the state
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if not self.together.first:
             return
         parts = {
             "net": self.plain.state_dict(),
             "kept": self.kept,
-            "optimiser": optimiser_tensors(self.optimiser.optimizer),
+            "optimiser": optimiser_tensors(self.optimiser),
             "average": self.average.state_dict() if self.average is not None else {},
             "memory": self.memory,
             "sums": self.sums,
@@ -349,7 +305,7 @@ class Training:
         device = self.fabric.device
         on = {part: {n: v.to(device) for n, v in t.items()} for part, t in parts.items()}
         self.plain.load_state_dict(on.get("net", {}))
-        restore_optimiser(self.optimiser.optimizer, parts.get("optimiser", {}))
+        restore_optimiser(self.optimiser, parts.get("optimiser", {}))
         if self.average is not None:
             self.average.load_state_dict(on["average"])
         self.kept, self.parts = on.get("kept", {}), on.get("parts", {})
@@ -372,24 +328,3 @@ def _optimiser(net: nn.Module, s: Settings) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=s.lr, momentum=s.sgd_momentum, nesterov=s.sgd_momentum > 0)
     kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimiser]
     return kind(groups, lr=s.lr, betas=(0.9, 0.99))
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C and SIGTERM until the step is done; a second Ctrl-C ends at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def note(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    former = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -100,7 +100,7 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,), (g,) = ctx.saved_tensors, grads
-        columns = weight.flatten(1).T @ g.flatten(2)
+        columns = weight.flatten(1).T.to(g.dtype) @ g.flatten(2)  # under autocast g has less precision
         grad = F.fold(columns, ctx.size, weight.shape[2:], ctx.dilation, ctx.padding, ctx.stride)
         return grad, None, None, None, None, None
 
