@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import assay
-from assay.models import Model
+from assay.models import BPDA, Model
 from assay.models.fingerprint import fingerprint
 
 
@@ -412,6 +412,10 @@ def test_whatever_changes_an_answer_changes_the_fingerprint(net):
         torch.tanh,
         functools.partial(torch.mul, other=2),
         functools.partial(torch.mul, other=3),
+        BPDA(lambda x: (x * 4).round() / 4),
+        BPDA(lambda x: (x * 8).round() / 8),
+        nn.Sequential(BPDA(lambda x: x.round(), lambda x: 2 * x), net),
+        nn.Sequential(BPDA(lambda x: x.round(), lambda x: 3 * x), net),
     ]
     settings = [
         {"box": (0, 2)},

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from assay.models.model import Model
 
+_FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
+
 
 def fingerprint(model: Model) -> str:
     """Return the SHA-256, in hex, of a model.
@@ -45,7 +47,7 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
-        yield from _module(value)
+        yield from _module(value, seen)
     elif isinstance(value, Tensor):
         yield from _tensor("", value)
     elif isinstance(value, np.ndarray):
@@ -83,19 +85,19 @@ def _other(value: Any, seen: set[int]) -> Iterator[bytes]:
             yield name.encode() + _written(v)
 
 
-def _module(module: nn.Module) -> Iterator[bytes]:
+def _module(module: nn.Module, seen: set[int]) -> Iterator[bytes]:
     yield _written(module)
     for name, m in module.named_modules():
         yield f"{name} {_name(type(m))}".encode()
         if isinstance(m, torch.fx.GraphModule):
             yield m.code.encode()
-        yield from _own(m)
+        yield from _own(m, seen)
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         yield from _tensor(name, t)
 
 
-def _own(module: nn.Module) -> Iterator[bytes]:
-    """Yield what the user's class adds to a module: the code of its methods, and its plain attributes."""
+def _own(module: nn.Module, seen: set[int]) -> Iterator[bytes]:
+    """Yield what the user's class adds to a module: the code of its methods, plain attributes, functions it holds."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch."):
             break
@@ -109,6 +111,9 @@ def _own(module: nn.Module) -> Iterator[bytes]:
         elif isinstance(v, Tensor | np.ndarray):
             yield name.encode()
             yield from _pieces(v, set())
+        elif isinstance(v, _FUNCTIONS):
+            yield name.encode()
+            yield from _pieces(v, seen)
 
 
 def _tensor(name: str, t: Tensor) -> Iterator[bytes]:
