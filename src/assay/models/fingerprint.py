@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from assay.models.model import Model
 
-_FUNCTIONS = types.FunctionType | types.MethodType | functools.partial
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def fingerprint(model: Model) -> str:
