@@ -24,6 +24,7 @@ from assay.hardening import OBJECTIVES, BrokenDefence, Settings, recipe
 from assay.hardening.harden import split_settings
 from assay.hardening.source import Batch, Source, split_off
 from assay.hardening.watch import Validation, catastrophic, validate
+from test_objectives import Centred, temptation
 
 pytest.importorskip("lightning_fabric")
 
@@ -246,8 +247,43 @@ def test_errors_of_other_processes_come_back_as_they_were() -> None:
 )
 def test_signs_of_catastrophic_overfitting(now: Validation, trouble: bool) -> None:
     past = [Validation(0.5, 0.3, 0.25), Validation(0.9, 0.55, 0.5)]
-    assert catastrophic(past, now) == trouble
-    assert not catastrophic([], now), "nothing to compare with"
+    assert catastrophic(past, now, chance=0.1) == trouble
+    assert not catastrophic([], now, chance=0.1), "nothing to compare with"
+    assert not catastrophic(past, now, chance=0.65), "it never was better than one that always says the same"
+
+
+def tempted(method: str = "fast", monitor: str = "stop", **how: object) -> assay.Hardened:
+    """Train with too large a single step on data where what is always right is not robust."""
+    how = {"rel_step": 2.0, "epochs": 12, "lr": 0.02, "schedule": "constant", "batch_size": 64, **how}
+    train, valid = temptation(512), temptation(256)
+    return assay.harden(Centred(0), train, "linf:0.1", method, valid, monitor=monitor, progress=False, **how)
+
+
+def test_catastrophic_overfitting_is_caught_and_training_stops() -> None:
+    collapsed = tempted(monitor="off", select="last").history.to_pylist()
+    assert collapsed[5]["pgd"] > 0.8
+    assert collapsed[9]["pgd"] < 0.1, "a case where it happens"
+    assert collapsed[9]["fgsm"] > 0.9
+    h = tempted()
+    assert "catastrophic overfitting" in h.stopped
+    rows = h.history.to_pylist()
+    assert [bool(r["event"]) for r in rows] == [False] * 7 + [True]
+    assert validate(h.net, load_data(temptation(256)), assay.Threat("linf", 0.1, (0, 1)), 10, 0).pgd > 0.8
+
+
+def test_after_a_rollback_training_goes_on_from_the_best_weights_at_half_the_rate() -> None:
+    h = tempted(monitor="rollback")
+    rows = h.history.to_pylist()
+    assert not h.stopped
+    assert len(rows) == 12
+    assert "back to the best weights" in rows[7]["event"]
+    assert rows[8]["lr"] == rows[7]["lr"] / 2
+    assert validate(h.net, load_data(temptation(256)), assay.Threat("linf", 0.1, (0, 1)), 10, 0).pgd > 0.8
+
+
+def test_training_on_many_steps_gives_no_alarm() -> None:
+    h = tempted("pgd", rel_step=0.3, steps=5)
+    assert not any(h.history["event"].to_pylist())
 
 
 # ------------------------------------------------------------------------------------------------------- what comes out

@@ -55,6 +55,7 @@ class Training:
         self.together = Together(fabric)
         self.average = averaged(self.plain, s)
         self.valid = task.valid.head(s.valid_limit or len(task.valid))
+        self.chance = float(self.valid.labels.bincount().max()) / len(self.valid)
         self.augmentations = parse(s.augment)
         self.at, self.attempt, self.stopped = 0, 0, ""
         self.rows: list[dict[str, Any]] = []
@@ -197,7 +198,7 @@ class Training:
         self.rows.append(row)
         self.sums = {n: torch.zeros_like(v) for n, v in self.sums.items()}
         self.parts = {}
-        self._react(row, catastrophic(past, now))
+        self._react(row, catastrophic(past, now, self.chance))
         self._tell(loss)
 
     def _validated(self, loss: float, where: str) -> Validation:

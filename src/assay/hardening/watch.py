@@ -13,7 +13,7 @@ from assay.models import Model
 from assay.models.door import default_batch
 from assay.threats import Threat
 
-_FALL = 0.25
+_FALL = 0.5
 """A fall of PGD accuracy by this share of the best is no fluctuation ..."""
 
 _LEAST_FALL = 0.05
@@ -21,6 +21,9 @@ _LEAST_FALL = 0.05
 
 _GAP = 0.1
 """How far FGSM accuracy must then be above PGD accuracy: an honest network shows a few points."""
+
+_LEARNED = 1.5
+"""How much better than chance a network is that has learned something."""
 
 
 @final
@@ -58,14 +61,17 @@ def validate(net: nn.Module, data: Data, threat: Threat, steps: int, seed: int) 
     return Validation(*(n / len(data) for n in counts))
 
 
-def catastrophic(past: Sequence[Validation], now: Validation) -> bool:
+def catastrophic(past: Sequence[Validation], now: Validation, chance: float) -> bool:
     """Tell whether training has begun to overfit the single step that it trains against.
 
-    The sign: FGSM accuracy is as high as it was at the best validation, and PGD accuracy collapses.
+    The sign: FGSM accuracy is as high as it was at the best validation, and PGD accuracy collapses. Validations at
+    which the network was little better than ``chance``, the share of the most frequent class, do not count: one that
+    always says the same cannot be fooled.
 
     References:
         Wong, Rice & Kolter 2020, arXiv:2001.03994, sec. 5; Andriushchenko & Flammarion 2020, arXiv:2007.02617, fig. 1.
     """
+    past = [v for v in past if v.clean > _LEARNED * chance]
     if not past:
         return False
     best = max(past, key=lambda v: v.pgd)
