@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -50,18 +49,3 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise RunError(f"a checkpoint in {path}", str(e), "Remove it to start anew.") from e
     return parts, about
-
-
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what an optimiser remembers of each parameter, as ``number/name``."""
-    state = optimiser.state_dict()["state"]
-    return {f"{i}/{name}": torch.as_tensor(v) for i, kept in state.items() for name, v in kept.items() if v is not None}
-
-
-def restore_optimiser(optimiser: torch.optim.Optimizer, kept: Mapping[str, Tensor]) -> None:
-    """Give an optimiser back what :func:`optimiser_tensors` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in kept.items():
-        number, _, name = key.partition("/")
-        state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

@@ -107,6 +107,8 @@ class Together:
 
     def any(self, flag: bool) -> bool:
         """Tell whether it is so in any process."""
+        if self.count == 1:
+            return flag
         return self.sums({"": torch.tensor(float(flag), device=self.fabric.device)})[""] > 0
 
 

@@ -14,13 +14,13 @@ from assay.core.random import Draws
 from assay.hardening.augment import augmented, parse
 from assay.hardening.average import averaged
 from assay.hardening.awp import perturbed
-from assay.hardening.checkpoint import optimiser_tensors, read, restore_optimiser, write
+from assay.hardening.checkpoint import read, write
 from assay.hardening.devices import Precise, Together
 from assay.hardening.inner import around
 from assay.hardening.interrupts import interruptible
 from assay.hardening.objective import Objective, Step, Terms
+from assay.hardening.optimiser import optimiser_of, optimiser_tensors, restore_optimiser
 from assay.hardening.passes import PassCounter
-from assay.hardening.settings import Settings
 from assay.hardening.source import Batch
 from assay.hardening.task import Clock, Moment, Task, Tell
 from assay.hardening.watch import Validation, catastrophic, validate
@@ -51,7 +51,7 @@ class Training:
         self.plain = net.to(fabric.device, **layout)  # type: ignore[call-overload]
         self.counter = PassCounter(self.plain)
         self.net = self.plain if s.precision == "32-true" else Precise(self.plain, fabric)
-        self.optimiser = _optimiser(self.plain, s)
+        self.optimiser = optimiser_of(self.plain, s)
         self.together = Together(fabric)
         self.average = averaged(self.plain, s)
         self.valid = task.valid.head(s.valid_limit or len(task.valid))
@@ -315,17 +315,3 @@ class Training:
         self.at, self.attempt, self.stopped = about["at"], about["attempt"], about["stopped"]
         self.best, self.rows, self.clock = about["best"], about["rows"], Clock(**about["clock"])
         self.counter.forwards, self.counter.backwards = about["forwards"], about["backwards"]
-
-
-def _optimiser(net: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    """Return the optimiser of the settings; only weights with more than one axis decay."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": s.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if s.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=s.lr, momentum=s.sgd_momentum, nesterov=s.sgd_momentum > 0)
-    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimiser]
-    return kind(groups, lr=s.lr, betas=(0.9, 0.99))
