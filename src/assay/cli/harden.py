@@ -110,7 +110,7 @@ def harden(
 
     if recipe == "list":
         for name in recipes.names():
-            typer.echo(f"{name:20} {recipes.load(name).title}")
+            typer.echo(f"{name:20} {recipes.load(name)}")
         return
     kept = recipes.load(recipe) if recipe else None
     wanted = threat or (kept and kept.threat)
@@ -176,7 +176,7 @@ def _data(
 def _say(result: "Hardened", runs: list["Evaluation"], out: Path, *, as_json: bool, quiet: bool) -> None:
     from assay.cli.evaluate import summary
     from assay.reports import verdict
-    from assay.reports.paired import conclusion, print_comparison
+    from assay.reports.paired import print_comparison
     from assay.reports.text import count, duration
     from assay.runs.compare import compare
 
@@ -188,13 +188,11 @@ def _say(result: "Hardened", runs: list["Evaluation"], out: Path, *, as_json: bo
     if runs and quiet:
         typer.echo(verdict(runs[1].run))
         return
-    found = compare(runs[0].run.path, runs[1].run.path) if runs else None
     if quiet:
         return
     console = Console(highlight=False)
-    if found is not None:
-        print_comparison(found, console)
-        console.print(conclusion(found), soft_wrap=True)
+    if runs:
+        print_comparison(compare(runs[0].run.path, runs[1].run.path), console)
     spent = (
         f"{count(result.forwards)} forward and {count(result.backwards)} backward passes, {duration(result.seconds)}"
     )

@@ -29,6 +29,10 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        shares = [f"{n} {self.measured[n]:.1%}" for n in ("clean", "robust", "proven") if n in self.measured]
+        return f"{self.title} ({', '.join(shares) or 'not measured'})"
+
 
 def names() -> list[str]:
     """Return the names of the recipes that ship."""
