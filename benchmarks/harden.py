@@ -151,13 +151,18 @@ def place(row: Row, cache_dir: Path) -> Path:
     return cache_dir / row.part / "".join(c if c.isalnum() else "-" for c in row.name)
 
 
+def cached(row: Row, cache_dir: Path) -> dict[str, Any] | None:
+    """Return the figures of a row, if the cache has them for the same settings."""
+    kept = place(row, cache_dir) / "figures.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {"row": None}
+    return found if found["row"] == json.loads(json.dumps(asdict(row))) else None
+
+
 def measure(row: Row, files: Mapping[str, tuple[str, ...]], cache_dir: Path, device: str) -> dict[str, Any]:
     """Train, judge, and return the figures of a row; what the cache has is not done again."""
+    if (known := cached(row, cache_dir)) is not None:
+        return known
     folder = place(row, cache_dir)
-    kept = folder / "figures.json"
-    asked = asdict(row)
-    if kept.exists() and (found := json.loads(kept.read_text()))["row"] == json.loads(json.dumps(asked)):
-        return found  # type: ignore[no-any-return]
     folder.mkdir(parents=True, exist_ok=True)
     train, test = datasets(row.data, files.get(row.data, ()))
     torch.manual_seed(0)
@@ -166,7 +171,7 @@ def measure(row: Row, files: Mapping[str, tuple[str, ...]], cache_dir: Path, dev
     h = assay.harden(net, train, row.threat, row.method, epochs=row.epochs, out=out, device=device, **row.settings)
     last, n = h.history.to_pylist()[-1], len(train)
     found = {
-        "row": asked,
+        "row": asdict(row),
         "clean": right(h.model, test),
         **judged(row, h.model, test, folder, device),
         "forwards": h.forwards / n,
@@ -175,8 +180,8 @@ def measure(row: Row, files: Mapping[str, tuple[str, ...]], cache_dir: Path, dev
         "stopped": h.stopped,
         "versions": {"torch": torch.__version__, "assay": assay.__version__, "python": platform.python_version()},
     }
-    kept.write_text(json.dumps(found, indent=1))
-    return json.loads(kept.read_text())  # type: ignore[no-any-return]
+    (folder / "figures.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 def judged(row: Row, model: assay.Model, test: Data, folder: Path, device: str) -> dict[str, Any]:
@@ -264,9 +269,8 @@ def carry_out(wanted: argparse.Namespace) -> None:
     for row in rows(wanted.epochs):
         if row.part not in wanted.parts or (wanted.only and not row.name.startswith(tuple(wanted.only))):
             continue
-        if row.data != "mnist" and not files[row.data]:
-            continue
-        if wanted.cached and not (place(row, wanted.cache) / "figures.json").exists():
+        known = cached(row, wanted.cache) is not None
+        if not known and (wanted.cached or (row.data != "mnist" and not files[row.data])):
             continue
         console.rule(row.name)
         found.append(measure(row, files, wanted.cache, wanted.device))
