@@ -35,7 +35,7 @@ _HOME = {
     "load_data": "assay.data",
     "load_model": "assay.models.loaders",
 }
-_MODULES = ("attacks", "defences", "nets")
+_MODULES = ("attacks", "defences", "nets", "study")
 
 __all__ = ["__version__", *_MODULES, *_HOME]  # noqa: PLE0604
 

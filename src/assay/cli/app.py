@@ -16,6 +16,7 @@ from assay.cli.evaluate import evaluate
 from assay.cli.harden import harden
 from assay.cli.options import INTERRUPTED
 from assay.cli.report import report
+from assay.cli.study import study
 
 _HELP = """
 How much can your classifier take?
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 for command in (evaluate, attack, certify, harden, compare, report, demo, doctor):
     app.command()(command)
+app.add_typer(study)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,221 @@
+"""``assay study landscape`` and ``assay study walk``: pictures of why a network fails, with their numbers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from assay.cli import options as o
+from assay.core.errors import RunError
+from assay.core.registry import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from assay.data import Data
+    from assay.models import Model
+    from assay.study.landscape import Landscape
+    from assay.study.walk import Distances, Walk
+
+Index = Annotated[int, typer.Option("--index", min=0, metavar="I", help="Which sample of DATA.")]
+Page = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the page, e.g. page.html.")]
+Against = Annotated[
+    list[str] | None, typer.Option(metavar="MODEL", help="Another model to set beside the first, e.g. hardened.")
+]
+Directions = Annotated[
+    str, typer.Option(metavar="gradient-random|gradient-adversarial", help="What spans the plane, beside the gradient.")
+]
+Weights = Annotated[bool, typer.Option("--weights", help="Over the weights, on the first samples of DATA, instead.")]
+Samples = Annotated[int, typer.Option(min=1, metavar="N", help="With --weights: how many samples.")]
+Span = Annotated[float | None, typer.Option(help="How far the plane extends to either side.")]
+Steps = Annotated[int | None, typer.Option(help="Points along a side; odd.")]
+NormOpt = Annotated[str, typer.Option(metavar="linf|l2|l1|l0", help="What the size of a change is.")]
+Attack = Annotated[str, typer.Option(metavar="NAME", help="The minimal-norm attack that looks for changes.")]
+AttackSteps = Annotated[int, typer.Option("--steps", min=1, help="Its steps.")]
+Target = Annotated[str | None, typer.Option(metavar="CLASS", help="Where the ascent goes; by default the nearest.")]
+Gif = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ascent as an animation.")]
+Matrix = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Distances between all classes too, over the first N samples.")
+]
+
+
+@o.told
+def landscape(
+    model: o.ModelArg,
+    data: o.DataArg,
+    threat: Annotated[
+        str | None, typer.Option("--threat", metavar="NORM[:EPS]", help="linf:8/255, l2:0.5, ...")
+    ] = None,
+    index: Index = 0,
+    against: Against = None,
+    directions: Directions = "gradient-random",
+    weights: Weights = False,
+    samples: Samples = 128,
+    span: Span = None,
+    steps: Steps = None,
+    out: Page = None,
+    arch: o.Arch = None,
+    box: o.BoxOpt = (0.0, 1.0),
+    mean: o.Mean = None,
+    std: o.Std = None,
+    trust_pickle: o.TrustPickle = False,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Draw the loss around a sample, or around the weights, and say how curved it is and where gradients vanish.
+
+    assay study landscape demo:mnist-plain demo:mnist --threat linf:0.3 --against demo:mnist-robust --out page.html
+    assay study landscape demo:mnist-plain demo:mnist --weights --out weights.html
+    """
+    from assay.study.landscape import landscape as measure
+    from assay.study.landscape import weight_landscape
+
+    if threat is None and not weights:
+        raise UsageError("--threat", "none", "Write --threat linf:0.3; or --weights.")
+    place = o.device_of(device)
+    nets = [o.model_of(m, arch, box, mean, std, trust_pickle=trust_pickle) for m in (model, *(against or []))]
+    known = _data(data, nets[0], samples if weights else index + 1, trust_pickle=trust_pickle)
+    if weights:
+        x = known.batch(range(len(known)))
+        found = weight_landscape(nets, x, known.labels, span or 1.0, steps or 21, seed, device=place)
+    else:
+        one, label = _sample(known, index)
+        named: dict[str, Any] = {"index": index, "label": _name(known, label), "device": place}
+        found = measure(nets, one, label, str(threat), directions, span, steps or 41, seed, **named)
+    page = _written(lambda path: found.report(path, o.command_line()), out)
+    if as_json:
+        o.emit(found.to_json() | {"page": page})
+        return
+    _show_landscape(found, page, quiet=quiet)
+
+
+@o.told
+def walk(
+    model: o.ModelArg,
+    data: o.DataArg,
+    index: Index = 0,
+    norm: NormOpt = "l2",
+    attack: Attack = "fmn",
+    steps: AttackSteps = 200,
+    target: Target = None,
+    matrix: Matrix = None,
+    gif: Gif = None,
+    out: Page = None,
+    arch: o.Arch = None,
+    box: o.BoxOpt = (0.0, 1.0),
+    mean: o.Mean = None,
+    std: o.Std = None,
+    trust_pickle: o.TrustPickle = False,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Find what would have to change before the model calls a sample something else, for every other class.
+
+    assay study walk demo:mnist-plain demo:mnist --index 3 --out page.html --gif ascent.gif
+    assay study walk demo:mnist-robust demo:mnist --norm linf --matrix 20 --out page.html
+    """
+    from assay.study.walk import distances
+    from assay.study.walk import walk as go
+
+    place = o.device_of(device)
+    net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    known = _data(data, net, max(index + 1, matrix or 0), trust_pickle=trust_pickle)
+    x, label = _sample(known, index)
+    wanted = None if target is None else _class(target, known)
+    found = go(net, x, label, norm, attack, steps, seed, index=index, target=wanted, device=place)
+    table = distances(net, known, norm, matrix, attack, steps, seed, device=place) if matrix else None
+    names = known.class_names
+    page = _written(lambda path: found.report(path, names, table, o.command_line()), out)
+    film = _written(found.gif, gif) if found.ascent is not None else None
+    if as_json:
+        also = {} if table is None else {"distances": table.to_json()}
+        o.emit(found.to_json() | also | {"page": page, "gif": film})
+        return
+    _show_walk(found, known, table, [page, film], quiet=quiet)
+
+
+def _data(data: str, model: "Model", least: int, *, trust_pickle: bool) -> "Data":
+    from assay.data import load_data
+
+    return load_data(data, limit=least, trust_pickle=trust_pickle).scaled(model.domain.lo, model.domain.hi)
+
+
+def _sample(data: "Data", index: int) -> tuple["Tensor", int]:
+    if index >= len(data):
+        raise UsageError(f"an --index below {len(data)}", f"{index}", "It counts the samples of DATA from 0.")
+    return data.batch([index])[0], int(data.labels[index])
+
+
+def _name(data: "Data", label: int) -> str:
+    names = data.class_names
+    return names[label] if names is not None and label < len(names) else str(label)
+
+
+def _class(text: str, data: "Data") -> int:
+    names = list(data.class_names or ())
+    if text in names:
+        return names.index(text)
+    if not text.isdigit():
+        raise UsageError("a class by name or number", repr(text), f"Known: {', '.join(names) or 'numbers only'}.")
+    return int(text)
+
+
+def _written(write: Any, path: Path | None) -> str | None:
+    """Write a file, making its folder, and return its name; nothing where none was asked for."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"a folder to write to at {path.parent}", str(e), "Choose another --out.") from e
+    return str(write(path))
+
+
+def _show_landscape(found: "Landscape", page: str | None, *, quiet: bool) -> None:
+    from assay.reports.landscape import headline, short
+    from assay.reports.text import Units, percent
+
+    typer.echo(headline(found, Units.of(found.threat)))
+    if not quiet:
+        table = Table(box=None, pad_edge=False)
+        for column in ("model", "loss", "margin", "no gradient", "eigenvalues", "nonlinearity"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for s in found.surfaces:
+            loss, margin = s.centre
+            bends = ", ".join(map(short, s.eigenvalues))
+            blind = f"{percent(s.blind)}{' (masked)' if s.masked else ''}"
+            table.add_row(s.name, short(loss), short(margin), blind, bends, short(s.nonlinearity))
+        Console(highlight=False).print(table)
+    _show_files([page])
+
+
+def _show_walk(found: "Walk", data: "Data", table: "Distances | None", files: list[str | None], *, quiet: bool) -> None:
+    from assay.reports.text import percent
+    from assay.reports.walk import Names, headline
+
+    names = Names(tuple(data.class_names or ()))
+    typer.echo(headline(found, names))
+    if not quiet:
+        rows = Table(box=None, pad_edge=False)
+        rows.add_column("to class")
+        rows.add_column(f"least change found ({found.norm})", justify="right")
+        for way in found.ways:
+            rows.add_row(names(way.target), f"{way.size:.4g}" if way.found else "none found")
+        console = Console(highlight=False)
+        console.print(rows)
+        if table is not None:
+            console.print(f"{percent(table.found)} of the searches between classes succeeded; the page has the matrix.")
+    _show_files(files)
+
+
+def _show_files(files: list[str | None]) -> None:
+    console = Console(highlight=False)
+    for file in files:
+        if file is not None:
+            console.print(f"written  {file}", markup=False, soft_wrap=True)
