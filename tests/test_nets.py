@@ -268,6 +268,8 @@ def test_group_sort_sorts_neighbouring_channels(size: int) -> None:
     wanted = {2: [5.0, 1.0, 3.0, 2.0, 2.5, 0.0], 3: [5.0, 3.0, 1.0, 2.5, 2.0, 0.0]}[size]
     assert nets.GroupSort(size)(x).tolist() == [wanted]
     assert nets.GroupSort(size)(x.view(1, 6, 1, 1).expand(1, 6, 2, 3))[0, :, 1, 2].tolist() == wanted
+    images = x.view(1, 6, 1, 1).repeat(2, 1, 2, 3).contiguous(memory_format=torch.channels_last)
+    assert nets.GroupSort(size)(images)[1, :, 0, 1].tolist() == wanted, "in any memory format"
 
 
 @pytest.mark.parametrize("size", [0.0, 0.02])

@@ -128,8 +128,8 @@ class GroupSort(nn.Module):
         groups = x.reshape(len(x), -1, self.size, *x.shape[2:])
         if self.size == 2:  # by operators that have bounds
             a, b = groups.unbind(2)
-            return torch.stack([torch.maximum(a, b), torch.minimum(a, b)], 2).view_as(x)
-        return groups.sort(2, descending=True).values.view_as(x)
+            return torch.stack([torch.maximum(a, b), torch.minimum(a, b)], 2).reshape(x.shape)
+        return groups.sort(2, descending=True).values.reshape(x.shape)
 
 
 MaxMin = GroupSort
