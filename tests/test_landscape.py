@@ -20,7 +20,9 @@ from assay.models.loaders import load_model
 from assay.reports.landscape import isoline, isolines, mesh, ramp, render_landscape, short
 from assay.reports.text import DASH
 from assay.study.curvature import curvature, linearity
-from assay.study.landscape import Landscape, Surface, filter_direction, landscape, weight_landscape
+from assay.study.landscape import landscape
+from assay.study.plane import Landscape, Surface
+from assay.study.weights import filter_direction, weight_landscape
 
 WIDE = (-10.0, 10.0)
 """A box that no plane here leaves."""

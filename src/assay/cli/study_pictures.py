@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from assay.data import Data
     from assay.models import Model
-    from assay.study.landscape import Landscape
+    from assay.study.plane import Landscape
     from assay.study.walk import Distances, Walk
 
 Index = Annotated[int, typer.Option("--index", min=0, metavar="I", help="Which sample of DATA.")]
@@ -72,7 +72,7 @@ def landscape(
     assay study landscape demo:mnist-plain demo:mnist --weights --out weights.html
     """
     from assay.study.landscape import landscape as measure
-    from assay.study.landscape import weight_landscape
+    from assay.study.weights import weight_landscape
 
     if threat is None and not weights:
         raise UsageError("--threat", "none", "Write --threat linf:0.3; or --weights.")

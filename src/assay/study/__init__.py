@@ -1,8 +1,10 @@
 """Why a network fails: what its layers answer, the landscape of its loss, and the way to its boundary."""
 
-from assay.study.landscape import Landscape, landscape, weight_landscape
+from assay.study.landscape import landscape
+from assay.study.plane import Landscape
 from assay.study.sparseness import LayerSparseness, Sparseness, sparseness
 from assay.study.walk import Walk, distances, walk
+from assay.study.weights import weight_landscape
 
 __all__ = [
     "Landscape",
