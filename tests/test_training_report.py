@@ -15,7 +15,8 @@ from rich.console import Console
 
 from assay.core.errors import RunError
 from assay.reports.text import Units
-from assay.reports.training import Scale, headline, kept_row, render_history, showing, spread, write_history
+from assay.reports.training import Scale, headline, kept_row, render_history, spread, write_history
+from assay.reports.training_live import showing
 
 EPS = 8 / 255
 COLLAPSE = (

@@ -37,7 +37,8 @@ from assay.models import Model
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.nets import Normalise
-from assay.reports.training import showing, write_history
+from assay.reports.training import write_history
+from assay.reports.training_live import showing
 from assay.runs.store import differences
 from assay.threats import Threat
 from assay.threats.threat import outside_box

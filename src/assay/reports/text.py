@@ -51,6 +51,11 @@ def memory(size: int) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def in_epochs(epoch: float) -> str:
+    """Write when in training it was: ``7``, ``7.25``."""
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
 def plural(n: int | None, noun: str) -> str:
     """Write a count with its noun: ``1 image``, ``500 images``."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"

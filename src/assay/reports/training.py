@@ -1,29 +1,21 @@
-"""How a training is shown: progress in the terminal while it lasts, and its history as a page."""
+"""The history of a training as a page."""
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 from markupsafe import Markup
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from assay.core.errors import RunError
 from assay.core.files import replacing
 from assay.reports.figures import Tick, round_step, ticks
 from assay.reports.html import environment, template
-from assay.reports.live import REDRAWS, clock
 from assay.reports.summary import Rate
-from assay.reports.text import NORMS, Units, call, count, duration, percent, plural
+from assay.reports.text import NORMS, Units, call, count, duration, in_epochs, percent, plural
 
 Row = Mapping[str, Any]
 
@@ -38,127 +30,6 @@ _ACCURACIES: Final = {"PGD": "pgd", "FGSM": "fgsm", "clean": "clean", "train": "
 
 _STYLES: Final = 4
 """How many lines look different; the first is the main one."""
-
-
-class Moment(Protocol):
-    """Where a training stands: batches done of all, batches an epoch, its latest loss and row, where there are any."""
-
-    @property
-    def what(self) -> str: ...
-    @property
-    def done(self) -> int: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def loss(self) -> float | None: ...
-    @property
-    def row(self) -> dict[str, Any] | None: ...
-
-
-Tell = Callable[[Any], None]
-"""Receives the moments of a training, often; must be quick."""
-
-
-# ------------------------------------------------------------------------------------------------------- the terminal
-
-
-@contextmanager
-def showing(progress: bool | Tell, console: Console | None = None) -> Iterator[Tell]:
-    """Yield what is to be told every moment of a training, or of several that follow each other.
-
-    Args:
-        progress: True shows them on the terminal, and nothing where there is none; False shows nothing; a function is
-            told itself.
-        console: where to; that of standard error by default.
-
-    Example:
-        >>> with showing(False) as tell:
-        ...     tell(None)
-    """
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    console = console or Console(stderr=True)
-    if not progress or not console.is_terminal or console.is_dumb_terminal:
-        yield _silent
-        return
-    board = TrainingBoard(console)
-    with Live(board, console=console, refresh_per_second=REDRAWS, transient=True):
-        yield board
-
-
-def _silent(moment: Moment) -> None:
-    """Show nothing."""
-
-
-@final
-class TrainingBoard:
-    """Keeps the latest moment, and draws it when asked; what happened in between is printed once, and stays."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._begun = time.monotonic()
-        self._first: Moment | None = None
-        self._last: Moment | None = None
-        self._since = self._begun
-        self._told: tuple[str, int] | None = None
-
-    def __call__(self, moment: Moment) -> None:
-        """Take a moment; called often."""
-        if self._first is None or self._first.what != moment.what:
-            self._begun = time.monotonic() if self._first else self._begun
-            self._first, self._since = moment, time.monotonic()
-        self._last = moment
-        self._warn(moment)
-
-    def _warn(self, m: Moment) -> None:
-        """Print the event of a row that was just written; that of an older one was said before a resumption."""
-        if m.row is None or not m.row["event"] or m.row["steps"] != m.done or self._told == (m.what, m.done):
-            return
-        self._told = m.what, m.done
-        self._console.print(Text(f"{m.what}, epoch {_epoch(m.row['epoch'])}: {m.row['event']}", style="yellow"))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        first, m = self._first, self._last
-        if first is None or m is None:
-            yield Text("starting ...", style="dim")
-            return
-        now = time.monotonic()
-        yield _bar(m)
-        yield _line(m, _left(m, first, now - self._since), now - self._begun, "<=" if options.ascii_only else "≤")
-
-
-def _bar(m: Moment) -> Table:
-    grid = Table.grid(padding=(0, 2), expand=True)
-    grid.add_column(ratio=1)
-    grid.add_column(justify="right", no_wrap=True)
-    bar = ProgressBar(total=max(m.total, 1), completed=m.done, complete_style="cyan", finished_style="cyan")
-    epoch = f"epoch {m.done / max(m.steps, 1):.1f}"
-    grid.add_row(bar, Text.assemble((epoch, "bold"), f" of {count(m.total / max(m.steps, 1))}"))
-    return grid
-
-
-def _line(m: Moment, left: str, elapsed: float, at_most: str) -> Text:
-    """Write the second line: the last validation, then where training stands."""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    loss = m.loss
-    accuracy = ""
-    if m.row is not None:
-        line.append(f"robust {at_most} {percent(m.row['pgd'])}", style="bold cyan").append(" (PGD)  ", style="cyan")
-        loss, accuracy = m.row["loss"] if loss is None else loss, f"clean {percent(m.row['clean'])}"
-    parts = [accuracy, "" if loss is None else f"loss {loss:.3f}", m.what, left, f"{clock(elapsed)} elapsed"]
-    return line.append("  ".join(p for p in parts if p), style="dim")
-
-
-def _left(m: Moment, first: Moment, spent: float) -> str:
-    """Say how long the rest will take; what was done before the first moment does not enter the speed."""
-    done = m.done - first.done
-    return f"{clock(spent / done * (m.total - m.done))} left" if done > 0 and m.done < m.total else ""
-
-
-# ----------------------------------------------------------------------------------------------------------- the page
 
 
 def write_history(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> Path:
@@ -232,7 +103,7 @@ def headline(kept: Row | None, about: Mapping[str, Any]) -> str:
     if kept is None:
         return f"There is no validation of this network, {how}: nothing can be said of it."
     return (
-        f"{how[0].upper()}{how[1:]}, the network of epoch {_epoch(kept['epoch'])} is right on {percent(kept['clean'])} "
+        f"{how[0].upper()}{how[1:]}, the network of epoch {in_epochs(kept['epoch'])} is right on {percent(kept['clean'])} "
         f"of the validation samples, and on {percent(kept['pgd'])} when PGD attacks them."
     )
 
@@ -245,20 +116,15 @@ def _within(threat: Mapping[str, Any]) -> str:
     return f"within an {name} ball of {Units.of(text).show(eps)}"
 
 
-def _epoch(epoch: float) -> str:
-    """Write when in training it was: ``7``, ``7.25``."""
-    return f"{epoch:.2f}".rstrip("0").rstrip(".")
-
-
 def _facts(rows: Sequence[Row], kept: Row | None, about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what an honest reader has to know beside the headline: (kind, sentence)."""
     stopped, epochs = str(about.get("stopped") or "").removeprefix("stopped: "), about["epochs"]
     if stopped:
-        yield "bad", f"Ended in epoch {_epoch(rows[-1]['epoch']) if rows else 0} of {epochs}: {stopped}."
+        yield "bad", f"Ended in epoch {in_epochs(rows[-1]['epoch']) if rows else 0} of {epochs}: {stopped}."
     elif rows and rows[-1]["epoch"] >= epochs:
         yield "good", f"Complete: all {plural(epochs, 'epoch')} were trained."
     else:
-        yield "bad", f"Not complete: {_epoch(rows[-1]['epoch']) if rows else 0} of {plural(epochs, 'epoch')}."
+        yield "bad", f"Not complete: {in_epochs(rows[-1]['epoch']) if rows else 0} of {plural(epochs, 'epoch')}."
     if kept is not None:
         yield "plain", _choice(rows, kept, about)
     yield "plain", "This is a validation by PGD, not a verdict: assay evaluate says what the network can take."
@@ -278,14 +144,14 @@ def _choice(rows: Sequence[Row], kept: Row, about: Mapping[str, Any]) -> str:
     file = f" in {about['file']}" if about.get("file") else ""
     best = max((r for r in rows if not r["event"]), key=lambda r: float(r["pgd"]))
     if best["pgd"] == kept["pgd"]:
-        return f"The weights with the best validation are kept{file}: those of epoch {_epoch(kept['epoch'])}."
-    seen = f"PGD accuracy was best in epoch {_epoch(best['epoch'])}, {percent(best['pgd'])}"
+        return f"The weights with the best validation are kept{file}: those of epoch {in_epochs(kept['epoch'])}."
+    seen = f"PGD accuracy was best in epoch {in_epochs(best['epoch'])}, {percent(best['pgd'])}"
     return f"The last weights are kept{file}; {seen}."
 
 
 def _events(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return when there was an event, and what it was, as sentences."""
-    found = [(_epoch(r["epoch"]), str(r["event"])) for r in rows if r["event"]]
+    found = [(in_epochs(r["epoch"]), str(r["event"])) for r in rows if r["event"]]
     return [(epoch, f"{said[0].upper()}{said[1:]}.") for epoch, said in found]
 
 
@@ -417,7 +283,7 @@ def chart(
         lines=found,
         x=ticks(limit, Units(), None),
         y=scale.ticks,
-        kept=Tick(100 * kept["epoch"] / limit, f"kept: epoch {_epoch(kept['epoch'])}") if kept else None,
+        kept=Tick(100 * kept["epoch"] / limit, f"kept: epoch {in_epochs(kept['epoch'])}") if kept else None,
         marks=tuple(Tick(at, str(i)) for i, at in enumerate(marks, 1)),
         alt=f"{title} over {limit:g} epochs; at the end: {ends}.",
     )
