@@ -51,7 +51,7 @@ def memory(size: int) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def in_epochs(epoch: float) -> str:
+def epoch_text(epoch: float) -> str:
     """Write when in training it was: ``7``, ``7.25``."""
     return f"{epoch:.2f}".rstrip("0").rstrip(".")
 

@@ -15,7 +15,7 @@ from assay.core.files import replacing
 from assay.reports.figures import Tick, round_step, ticks
 from assay.reports.html import environment, template
 from assay.reports.summary import Rate
-from assay.reports.text import NORMS, Units, call, count, duration, in_epochs, percent, plural
+from assay.reports.text import NORMS, Units, call, count, duration, epoch_text, percent, plural
 
 Row = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def render_history(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
             parts_of_loss=_names(rows),
             folded=len(rows) > _SHORT,
             show_eps=units.show,
-            epoch_of=_epoch,
+            epoch_of=epoch_text,
             sheets=_sheets(about),
             raw=json.dumps(about, indent=2, ensure_ascii=False, default=str),
             style=Markup(template("report.css") + template("training.css")),
@@ -103,8 +103,8 @@ def headline(kept: Row | None, about: Mapping[str, Any]) -> str:
     if kept is None:
         return f"There is no validation of this network, {how}: nothing can be said of it."
     return (
-        f"{how[0].upper()}{how[1:]}, the network of epoch {in_epochs(kept['epoch'])} is right on {percent(kept['clean'])} "
-        f"of the validation samples, and on {percent(kept['pgd'])} when PGD attacks them."
+        f"{how[0].upper()}{how[1:]}, the network of epoch {epoch_text(kept['epoch'])} is right on "
+        f"{percent(kept['clean'])} of the validation samples, and on {percent(kept['pgd'])} when PGD attacks them."
     )
 
 
@@ -120,11 +120,11 @@ def _facts(rows: Sequence[Row], kept: Row | None, about: Mapping[str, Any]) -> I
     """Yield what an honest reader has to know beside the headline: (kind, sentence)."""
     stopped, epochs = str(about.get("stopped") or "").removeprefix("stopped: "), about["epochs"]
     if stopped:
-        yield "bad", f"Ended in epoch {in_epochs(rows[-1]['epoch']) if rows else 0} of {epochs}: {stopped}."
+        yield "bad", f"Ended in epoch {epoch_text(rows[-1]['epoch']) if rows else 0} of {epochs}: {stopped}."
     elif rows and rows[-1]["epoch"] >= epochs:
         yield "good", f"Complete: all {plural(epochs, 'epoch')} were trained."
     else:
-        yield "bad", f"Not complete: {in_epochs(rows[-1]['epoch']) if rows else 0} of {plural(epochs, 'epoch')}."
+        yield "bad", f"Not complete: {epoch_text(rows[-1]['epoch']) if rows else 0} of {plural(epochs, 'epoch')}."
     if kept is not None:
         yield "plain", _choice(rows, kept, about)
     yield "plain", "This is a validation by PGD, not a verdict: assay evaluate says what the network can take."
@@ -144,14 +144,14 @@ def _choice(rows: Sequence[Row], kept: Row, about: Mapping[str, Any]) -> str:
     file = f" in {about['file']}" if about.get("file") else ""
     best = max((r for r in rows if not r["event"]), key=lambda r: float(r["pgd"]))
     if best["pgd"] == kept["pgd"]:
-        return f"The weights with the best validation are kept{file}: those of epoch {in_epochs(kept['epoch'])}."
-    seen = f"PGD accuracy was best in epoch {in_epochs(best['epoch'])}, {percent(best['pgd'])}"
+        return f"The weights with the best validation are kept{file}: those of epoch {epoch_text(kept['epoch'])}."
+    seen = f"PGD accuracy was best in epoch {epoch_text(best['epoch'])}, {percent(best['pgd'])}"
     return f"The last weights are kept{file}; {seen}."
 
 
 def _events(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return when there was an event, and what it was, as sentences."""
-    found = [(in_epochs(r["epoch"]), str(r["event"])) for r in rows if r["event"]]
+    found = [(epoch_text(r["epoch"]), str(r["event"])) for r in rows if r["event"]]
     return [(epoch, f"{said[0].upper()}{said[1:]}.") for epoch, said in found]
 
 
@@ -283,7 +283,7 @@ def chart(
         lines=found,
         x=ticks(limit, Units(), None),
         y=scale.ticks,
-        kept=Tick(100 * kept["epoch"] / limit, f"kept: epoch {in_epochs(kept['epoch'])}") if kept else None,
+        kept=Tick(100 * kept["epoch"] / limit, f"kept: epoch {epoch_text(kept['epoch'])}") if kept else None,
         marks=tuple(Tick(at, str(i)) for i, at in enumerate(marks, 1)),
         alt=f"{title} over {limit:g} epochs; at the end: {ends}.",
     )

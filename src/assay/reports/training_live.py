@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from assay.reports.live import REDRAWS, clock
-from assay.reports.text import count, in_epochs, percent
+from assay.reports.text import count, epoch_text, percent
 
 
 class Moment(Protocol):
@@ -90,7 +90,7 @@ class TrainingBoard:
         if m.row is None or not m.row["event"] or m.row["steps"] != m.done or self._told == (m.what, m.done):
             return
         self._told = m.what, m.done
-        self._console.print(Text(f"{m.what}, epoch {in_epochs(m.row['epoch'])}: {m.row['event']}", style="yellow"))
+        self._console.print(Text(f"{m.what}, epoch {epoch_text(m.row['epoch'])}: {m.row['event']}", style="yellow"))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first, m = self._first, self._last
