@@ -18,6 +18,7 @@ first samples as every answer is known for. Seconds are of CPU time on one threa
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -36,7 +37,7 @@ from typing import Any, TypeAlias
 
 import torch
 from _auto_lirpa import Bounded
-from minimal_norm import cifar_case
+from minimal_norm import Thinned, cifar_case
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -237,7 +238,7 @@ def lower(case: Case, task: Task) -> Solve:
 
 def peers(case: Case, task: Task) -> Solve:
     """Return what finds the mean margin of a sample against the other classes, by one method alone."""
-    rival = Bounded(case.net, case.x[:1]) if task.by == PEER else None
+    rival = Bounded(unpadded(case.net), case.x[:1]) if task.by == PEER else None
     arithmetic = "float32" if rival else task.by
     prover = Proof(task.method, case.seconds, arithmetic).prover(case.model, tuple(case.x.shape[1:]), None)
 
@@ -291,6 +292,16 @@ def tasks(case: Case, args: argparse.Namespace) -> Iterator[Task]:
     if "peers" in args.parts:
         alone = [m for m in args.methods if m != "complete"]
         yield from (Task("peers", *each) for each in product(alone, sizes, ("float32", "real", PEER)))
+
+
+def unpadded(net: nn.Module) -> nn.Module:
+    """Return the network with convolutions in the place of padded shortcuts, which the peer cannot follow."""
+    net = copy.deepcopy(net)
+    for block in net.modules():
+        for name, part in [*block.named_children()]:
+            if isinstance(part, Thinned):
+                setattr(block, name, part.convolution())
+    return net
 
 
 def fill(case: Case, task: Task, few: int) -> None:

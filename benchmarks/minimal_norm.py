@@ -165,21 +165,39 @@ class ResNet20(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions beside the identity; where the width doubles it is thinned out and padded with zeros."""
+class Thinned(nn.Module):
+    """The shortcut where the width doubles: every other pixel, and channels of zeros on both sides."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
-        self.stride, self.pad = outer // inner, (outer - inner) // 2
-        self.conv1 = nn.Conv2d(inner, outer, 3, self.stride, 1, bias=False)
+        self.inner, self.outer, self.stride = inner, outer, outer // inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features (b, outer, h / stride, w / stride)."""
+        pad = (self.outer - self.inner) // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, pad, pad))
+
+    def convolution(self) -> nn.Conv2d:
+        """Return the same as a convolution with fixed weights."""
+        made = nn.Conv2d(self.inner, self.outer, 1, self.stride, bias=False).requires_grad_(False)
+        made.weight.zero_()[(self.outer - self.inner) // 2 :][: self.inner, :, 0, 0] = torch.eye(self.inner)
+        return made
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside the identity, or, where the width doubles, a thinned and padded one."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.short = Thinned(inner, outer) if outer > inner else nn.Identity()
+        self.conv1 = nn.Conv2d(inner, outer, 3, outer // inner, 1, bias=False)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features after the block."""
         h = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return torch.relu(h + short)
+        return torch.relu(h + self.short(x))
 
 
 # --- the attacks
