@@ -360,7 +360,18 @@ Body: TypeAlias = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
 SHARE = ("eps", "method", "images", "proven", "robust", "open", "s a sample", "s in all", "wall s in all")
 BRACKET = ("method", "images", "mean lower", "mean upper", "ratio", "s a sample", "wall s a sample")
-PEERS = ("eps", "method", "mean margin, float32", "real", PEER, "s, float32", "s, real", f"s, {PEER}", "time ratio")
+PEERS = (
+    "eps",
+    "method",
+    "images",
+    "mean margin, float32",
+    "real",
+    PEER,
+    "s, float32",
+    "s, real",
+    f"s, {PEER}",
+    "time ratio",
+)
 PROPERTIES = ("property", "answer", "agreed", "s", "wall s")
 
 
@@ -411,7 +422,7 @@ def rivals(case: Case, sizes: Sequence[float]) -> Iterator[tuple[str, ...]]:
             values = [sum(k[i].value for i in both) / len(both) for k in known]
             spent = [sum(k[i].seconds for i in both) / len(both) for k in known]
             written = [f"{v:.4f}" for v in values], [f"{s:.3g}" for s in spent]
-            yield size(eps), method, *written[0], *written[1], f"{spent[0] / spent[2]:.3g}"
+            yield size(eps), method, str(len(both)), *written[0], *written[1], f"{spent[0] / spent[2]:.3g}"
 
 
 def tables(case: Case, args: argparse.Namespace) -> Iterator[Body]:
@@ -420,7 +431,7 @@ def tables(case: Case, args: argparse.Namespace) -> Iterator[Body]:
     found = (
         (f"{case.name}: proven, robust, open", SHARE, shares(case, sizes)),
         (f"{case.name}: brackets, linf", BRACKET, brackets(case)),
-        (f"{case.name}: each method alone, beside {PEER}, {args.few} images", PEERS, rivals(case, sizes)),
+        (f"{case.name}: each method alone, beside {PEER}", PEERS, rivals(case, sizes)),
     )
     for title, head, lines in found:
         if body := [*lines]:
