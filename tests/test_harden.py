@@ -207,6 +207,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ several devices
 
 
+FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of later Pythons, about threads
+
+
+@FORKS
 @pytest.mark.parametrize("method", ["pgd", "trades", "gradalign"])
 def test_two_processes_train_as_one_does(method: str) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
@@ -227,6 +231,7 @@ def test_half_precision_trains_and_leaves_float32(method: str) -> None:
     assert max(h.history["clean"].to_pylist()) > 0.6
 
 
+@FORKS
 def test_errors_of_other_processes_come_back_as_they_were() -> None:
     with pytest.raises(assay.NonFiniteError, match="Lower lr"):
         assay.harden(small(), blobs(), "linf:0.1", "plain", lr=1e30, optimiser="sgd", progress=False, devices=2)
