@@ -21,7 +21,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import assay
 from assay.attacks import PGD
@@ -76,14 +75,8 @@ def trained(seed: int, levels: int = 0, epochs: int = 4) -> nn.Module:
     net = mnist_cnn()
     if levels:
         net = nn.Sequential(Thermometer(levels), nn.Conv2d(levels, 16, 4, stride=2, padding=1), *net[1:])
-    x, y = images().batch(TRAINING), images().labels[list(TRAINING)]
-    optimiser = torch.optim.Adam(net.parameters(), 2e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(100):
-            optimiser.zero_grad()
-            F.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimiser.step()
-    return net.eval()
+    data = images().take(TRAINING)
+    return assay.harden(net, data, "linf:0.1", "plain", epochs=epochs, seed=seed, batch_size=100, progress=False).net
 
 
 def together(model: assay.Model, combine: str) -> assay.Model:
