@@ -213,9 +213,20 @@ FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of l
 @FORKS
 @pytest.mark.parametrize("method", ["pgd", "trades", "gradalign"])
 def test_two_processes_train_as_one_does(method: str) -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
-    how = {"batch_size": 32, "valid_steps": 3, "progress": False, "optimiser": "sgd", "lr": 0.1, "clip": 1.0}
-    alone, together = (assay.harden(net, blobs(), "linf:0.1", method, epochs=2, devices=n, **how) for n in (1, 2))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
+    how = {
+        "batch_size": 32,
+        "valid_steps": 3,
+        "progress": False,
+        "optimiser": "sgd",
+        "lr": 0.1,
+        "clip": 1.0,
+        "select": "last",
+    }
+    # In l2: the sign of a slope near 0 would turn roundings, which do differ, into other points to learn from.
+    alone, together = (assay.harden(net, blobs(), "l2:0.3", method, epochs=2, devices=n, **how) for n in (1, 2))
     for (name, a), b in zip(alone.net.state_dict().items(), together.net.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), name
     assert (alone.forwards, alone.backwards) == (together.forwards, together.backwards)
