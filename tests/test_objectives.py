@@ -18,7 +18,7 @@ from assay.core.random import Draws
 from assay.core.registry import UsageError, build, describe
 from assay.hardening.awp import perturbed
 from assay.hardening.inner import around
-from assay.hardening.objective import OBJECTIVES, Objective, Step, spread_over
+from assay.hardening.objective import OBJECTIVES, Objective, Step
 from assay.hardening.objectives import (
     Adversarial,
     Consistency,
@@ -153,7 +153,7 @@ def test_every_objective_gives_a_finite_loss_and_a_gradient_to_every_parameter(n
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_two_classes_with_mixed_and_smoothed_labels_will_do(name: str) -> None:
     net, (x, y), o = mlp(2), batch(c=2), objective(name)
-    soft = 0.7 * spread_over(y, 2, x) + 0.3 * spread_over(1 - y, 2, x)
+    soft = 0.7 * F.one_hot(y, 2).to(x.dtype) + 0.3 * F.one_hot(1 - y, 2).to(x.dtype)
     for more in ({"soft": soft}, {"label_smoothing": 0.1}, {"soft": soft, "label_smoothing": 0.1}):
         loss = learn(o, pose(net, x, y, o.norms[0], of=o, c=2, **more))
         assert loss.isfinite()
@@ -336,7 +336,7 @@ def test_a_step_longer_than_the_ball_is_cut_off_at_its_corners() -> None:
 
 def test_where_labels_are_mixed_the_attack_ascends_the_mixture() -> None:
     net, (x, y) = line(), batch(c=2)
-    other = pose(net, x, y, soft=spread_over(1 - y, 2, x))
+    other = pose(net, x, y, soft=F.one_hot(1 - y, 2).to(x.dtype))
     for o in (Mixed(), Mart(), Pairing()):
         torch.testing.assert_close(o.find(other), o.find(pose(net, x, 1 - y)))
 

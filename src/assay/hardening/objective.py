@@ -1,11 +1,9 @@
 """What training minimises: hyper-parameters and two pure functions of a network, a batch and a threat."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +65,7 @@ class Terms:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(ABC):
+class Objective:
     """A way to train. A subclass is a final frozen dataclass of hyper-parameters, one file a family.
 
     ``norms`` are those of the threats it is defined for, ``ramp`` is how eps grows unless the settings say otherwise.
@@ -91,20 +89,15 @@ class Objective(ABC):
         """Return the points (b, *f) to learn from; by default the clean ones. Parameters get no gradient here."""
         return s.x
 
-    @abstractmethod
     def loss(self, s: Step, x: Inputs) -> Terms:
-        """Return the loss at the points that ``find`` returned."""
+        """Return the loss at the points that ``find`` returned; by default the cross-entropy there."""
+        z = s.net(x)
+        return mean_terms(s.cross_entropy(z), z)
 
-    def learned(self, s: Step, x: Inputs) -> None:  # noqa: B027 (most objectives learn nothing here)
+    def learned(self, s: Step, x: Inputs) -> None:
         """Look at what the step's backward pass left (``x.grad``, where ``find`` asked for it); by default nothing."""
 
 
 def mean_terms(loss: PerSample, logits: Logits, **parts: Tensor) -> Terms:
     """Return the mean (b,) -> () of a loss, with parts reduced in the same way."""
     return Terms(loss.mean(), logits.detach(), {n: v.detach().mean() for n, v in parts.items()})
-
-
-@torch.no_grad()
-def spread_over(y: Labels, classes: int, like: Tensor) -> Tensor:
-    """Return labels as distributions (b, c) in the precision of ``like``."""
-    return F.one_hot(y, classes).to(like.dtype)

@@ -43,14 +43,23 @@ def write_report(run: Run, out: Path | None = None) -> Path:
     file = run.path / "report.html" if out is None else Path(out)
     if file.is_dir():
         file = file / "report.html"
-    page = render(run)
+    return write_page(file, render(run), parents=True)
+
+
+def write_page(path: Path, page: str, *, parents: bool = False) -> Path:
+    """Write a page as a whole, with ``parents`` in a folder that is made where it is missing; return where it is.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as f:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as f:
             f.write(page.encode())
     except OSError as e:
-        raise RunError(f"a place that can be written for {file.name}", str(e), "Choose another --out.") from e
-    return file
+        raise RunError(f"a place that can be written for {path.name}", str(e), "Choose another --out.") from e
+    return path
 
 
 def render(run: Run) -> str:

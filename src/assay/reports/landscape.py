@@ -9,10 +9,8 @@ from typing import Final, Protocol, final
 import numpy as np
 from markupsafe import Markup
 
-from assay.core.errors import RunError
-from assay.core.files import replacing
 from assay.reports.figures import Tick, round_step
-from assay.reports.html import environment, template
+from assay.reports.html import environment, template, write_page
 from assay.reports.pictures import PALETTE, picture
 from assay.reports.text import DASH, NORMS, Units, count, percent, plural
 
@@ -129,20 +127,6 @@ def write_landscape(path: Path, found: LandscapeLike, command: str = "") -> Path
         RunError: it cannot be written.
     """
     return write_page(path, render_landscape(found, command))
-
-
-def write_page(path: Path, page: str) -> Path:
-    """Write a page as a whole.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        with replacing(path) as f:
-            f.write(page.encode())
-    except OSError as e:
-        raise RunError(f"a place that can be written for {path.name}", str(e), "Choose another --out.") from e
-    return path
 
 
 def render_landscape(found: LandscapeLike, command: str = "") -> str:

@@ -10,10 +10,8 @@ from typing import Any, Final, final
 import numpy as np
 from markupsafe import Markup
 
-from assay.core.errors import RunError
-from assay.core.files import replacing
 from assay.reports.figures import Tick, round_step
-from assay.reports.html import environment, template
+from assay.reports.html import environment, template, write_page
 from assay.reports.summary import Rate
 from assay.reports.text import DASH, NORMS, Units, call, count, duration, percent, plural
 from assay.runs import exact_interval
@@ -32,14 +30,7 @@ def write_sparseness(path: Path, found: Found) -> Path:
     Raises:
         RunError: the file cannot be written.
     """
-    page = render_sparseness(found)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as f:
-            f.write(page.encode())
-    except OSError as e:
-        raise RunError(f"a place that can be written for {path.name}", str(e), "Choose another --out.") from e
-    return path
+    return write_page(path, render_sparseness(found), parents=True)
 
 
 def render_sparseness(found: Found) -> str:

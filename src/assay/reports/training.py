@@ -10,10 +10,8 @@ from typing import Any, Final, final
 
 from markupsafe import Markup
 
-from assay.core.errors import RunError
-from assay.core.files import replacing
 from assay.reports.figures import Tick, round_step, ticks
-from assay.reports.html import environment, template
+from assay.reports.html import environment, template, write_page
 from assay.reports.summary import Rate
 from assay.reports.text import NORMS, Units, call, count, duration, epoch_text, percent, plural
 
@@ -44,13 +42,7 @@ def write_history(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> 
     Raises:
         RunError: the file cannot be written.
     """
-    page = render_history(rows, about)
-    try:
-        with replacing(path) as f:
-            f.write(page.encode())
-    except OSError as e:
-        raise RunError(f"a place that can be written for {path.name}", str(e), "Choose another --out.") from e
-    return path
+    return write_page(path, render_history(rows, about))
 
 
 def render_history(rows: Sequence[Row], about: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from assay.core.errors import DataError, RunError
 from assay.core.files import replacing
-from assay.reports.html import environment, template
-from assay.reports.landscape import hex_of, short, write_page
+from assay.reports.html import environment, template, write_page
+from assay.reports.landscape import hex_of, short
 from assay.reports.pictures import as_image, difference, picture, trace
 from assay.reports.text import DASH, NORMS, count, percent
 

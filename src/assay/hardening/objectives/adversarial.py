@@ -45,10 +45,6 @@ class Adversarial(Objective):
     def find(self, s: Step) -> Inputs:
         return attacked(s, self.steps, self.rel_step, self.start, decay=self.decay, momentum=self.momentum)
 
-    def loss(self, s: Step, x: Inputs) -> Terms:
-        z = s.net(x)
-        return mean_terms(s.cross_entropy(z), z)
-
 
 @final
 @OBJECTIVES.register("mixed")
@@ -86,10 +82,7 @@ class Mixed(Objective):
         return attacked(s, self.steps, self.rel_step, self.start)
 
     def loss(self, s: Step, x: Inputs) -> Terms:
-        z, hard = s.net(s.x), s.net(x)
-        clean, adversarial = s.cross_entropy(z), s.cross_entropy(hard)
-        total = self.clean * clean + (1 - self.clean) * adversarial
-        return mean_terms(total, hard, clean=clean, adversarial=adversarial)
+        return mixed(s, x, self.clean)
 
 
 @final
@@ -117,10 +110,6 @@ class Fast(Objective):
 
     def find(self, s: Step) -> Inputs:
         return attacked(s, 1, self.rel_step, "uniform")
-
-    def loss(self, s: Step, x: Inputs) -> Terms:
-        z = s.net(x)
-        return mean_terms(s.cross_entropy(z), z)
 
 
 @final
@@ -168,6 +157,13 @@ class Pairing(Objective):
         pairing = (z - hard).square().mean(1)
         total = (clean + adversarial) / 2 + self.weight * pairing
         return mean_terms(total, hard, clean=clean, adversarial=adversarial, pairing=pairing)
+
+
+def mixed(s: Step, x: Inputs, share: float) -> Terms:
+    """Return the mean of the losses at the clean samples, which weigh ``share``, and at the points x."""
+    z, hard = s.net(s.x), s.net(x)
+    clean, adversarial = s.cross_entropy(z), s.cross_entropy(hard)
+    return mean_terms(share * clean + (1 - share) * adversarial, hard, clean=clean, adversarial=adversarial)
 
 
 def attacked(

@@ -5,8 +5,8 @@ from typing import final
 
 from assay.core.random import Draws
 from assay.core.types import Inputs
-from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_terms
-from assay.hardening.objectives.adversarial import attacked
+from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms
+from assay.hardening.objectives.adversarial import attacked, mixed
 from assay.hardening.objectives.checks import require
 from assay.hardening.objectives.plain import Plain
 
@@ -60,7 +60,4 @@ class Ensemble(Objective):
         return attacked(s, self.steps, self.rel_step, self.start, pool[pick])
 
     def loss(self, s: Step, x: Inputs) -> Terms:
-        z, hard = s.net(s.x), s.net(x)
-        clean, adversarial = s.cross_entropy(z), s.cross_entropy(hard)
-        total = self.clean * clean + (1 - self.clean) * adversarial
-        return mean_terms(total, hard, clean=clean, adversarial=adversarial)
+        return mixed(s, x, self.clean)

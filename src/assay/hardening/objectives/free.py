@@ -8,7 +8,7 @@ from torch import Tensor
 
 from assay.attacks.gradient.pgd import climb
 from assay.core.types import Inputs
-from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_terms
+from assay.hardening.objective import OBJECTIVES, Objective, Step
 from assay.hardening.objectives.checks import require
 
 
@@ -43,10 +43,6 @@ class Free(Objective):
 
     def find(self, s: Step) -> Inputs:
         return s.problem.project(s.problem.x0 + _kept(s)[: len(s.x)]).detach().requires_grad_()
-
-    def loss(self, s: Step, x: Inputs) -> Terms:
-        z = s.net(x)
-        return mean_terms(s.cross_entropy(z), z)
 
     def learned(self, s: Step, x: Inputs) -> None:
         assert x.grad is not None

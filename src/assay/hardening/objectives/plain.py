@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from assay.core.types import Inputs
-from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_terms
+from assay.hardening.objective import OBJECTIVES, Objective
 
 
 @final
@@ -12,7 +11,3 @@ from assay.hardening.objective import OBJECTIVES, Objective, Step, Terms, mean_t
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain(Objective):
     """Cross-entropy on the clean samples: what the others are compared with. *Cost* 1 forward and 1 backward."""
-
-    def loss(self, s: Step, x: Inputs) -> Terms:
-        z = s.net(x)
-        return mean_terms(s.cross_entropy(z), z)

@@ -51,10 +51,6 @@ class GaussianNoise(Objective):
     def find(self, s: Step) -> Inputs:
         return noisy(s.x, noise(s, self.sigma, 1))
 
-    def loss(self, s: Step, x: Inputs) -> Terms:
-        z = s.net(x)
-        return mean_terms(s.cross_entropy(z), z)
-
 
 @final
 @OBJECTIVES.register("smoothadv")
