@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FRAMEWORKS := .venv-frameworks
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-frameworks test-slow screenshots check format bench clean
 
 help:
 	@echo "make demo       set up, and evaluate the two demo models (reports in runs/demo)"
 	@echo "make test       set up, and run all fast tests"
+	@echo "make test-frameworks  the same for the adapters, with every framework that they adapt (4 GB)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      lint, strict types, import layers"
+	@echo "make screenshots  every page that assay makes, as pictures in docs/screens (needs Chromium)"
 	@echo "make bench      figures of this machine (see benchmarks/README.md for the peers)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(FRAMEWORKS)/.installed: pyproject.toml constraints.txt
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks]'
+	touch $@
+
 setup: $(STAMP)
 
 demo: $(STAMP)
@@ -28,6 +37,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+# Keras has one backend in a process, so its tests run once for each.
+test-frameworks: $(FRAMEWORKS)/.installed
+	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=torch $(FRAMEWORKS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/frameworks
+	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=tensorflow $(FRAMEWORKS)/bin/python -m pytest tests/frameworks/test_keras.py tests/frameworks/test_tensorflow.py
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -46,5 +60,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/verdict.py --models demo
 
+screenshots: $(FRAMEWORKS)/.installed
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python scripts/screenshots.py
+
 clean:
-	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) runs dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -224,6 +224,14 @@ def test_doctor_finds_this_installation_sound(tmp_path):
     assert {"torch", "devices", "demo model and data"} <= {p["part"] for p in report["parts"]}
 
 
+def test_doctor_writes_the_extras_as_they_are_to_be_typed(tmp_path, monkeypatch):
+    """Brackets are markup to the table's library, and were once eaten."""
+    monkeypatch.setenv("COLUMNS", "300")
+    remedies = [p["remedy"] for p in json.loads(run("doctor", "--json", cwd=tmp_path, check=0).stdout)["parts"]]
+    shown = run("doctor", cwd=tmp_path, check=0).stdout
+    assert all(r in shown for r in remedies)
+
+
 def test_demo_compares_the_two_shipped_models(tmp_path):
     done = run("demo", "--limit", 16, "--effort", "quick", "--out", "runs/demo", "--json", cwd=tmp_path, check=0)
     result = json.loads(done.stdout)

@@ -1,7 +1,9 @@
 """What can be given as data, what becomes of it, and what is refused in which words."""
 
 import io
+import pickle
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import assay
-from assay.data import Data, load_data
+from assay.data import Data, Fit, load_data
+from assay.data.shards import expanded
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 5, 7), dtype=np.uint8)
@@ -159,6 +162,11 @@ def test_npz(tmp_path):
     assert torch.equal(data.batch([2])[0, 0], torch.from_numpy(GREY[2]) / 255)
 
 
+def test_npz_with_the_names_of_the_classes(tmp_path):
+    np.savez(tmp_path / "some.npz", x=GREY, y=Y, class_names=["cat", "dog", "emu"])
+    assert load_data(tmp_path / "some.npz").class_names == ("cat", "dog", "emu")
+
+
 @pytest.mark.parametrize(
     ("y", "words"),
     [
@@ -189,6 +197,118 @@ def test_inputs_of_other_kinds_are_refused(x, words):
 
 def test_no_samples():
     assert refused((GREY[:0], Y[:0]), "at least one sample").code == "empty-data"
+
+
+# Sizes
+
+
+WIDE = Image.fromarray(RNG.integers(0, 256, (30, 61, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Three images of three sizes in one class."""
+    (tmp_path / "mixed" / "only").mkdir(parents=True)
+    for name, size in {"a": (61, 30), "b": (24, 40), "c": (33, 33)}.items():
+        WIDE.resize(size).save(tmp_path / "mixed" / "only" / f"{name}.png")
+    return tmp_path / "mixed"
+
+
+def bytes_of(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def test_images_of_any_size_are_scaled_by_the_shorter_side_and_cropped(mixed):
+    data = load_data(mixed).fitted(Fit(16, 16, shorter=20, filter="bilinear"))
+    assert (len(data), data.shape) == (3, (3, 16, 16))
+    scaled = WIDE.resize((40, 20), Image.Resampling.BILINEAR)  # 61 x 30 -> 40.67 x 20
+    assert torch.equal(data.batch([0])[0], bytes_of(scaled.crop((12, 2, 28, 18))))
+    data.check()
+
+
+def test_both_sides_are_scaled_where_the_shorter_one_is_not_given(mixed):
+    data = load_data(mixed).fitted(Fit(8, 12, filter="lanczos"))
+    assert torch.equal(data.batch([0])[0], bytes_of(WIDE.resize((12, 8), Image.Resampling.LANCZOS)))
+
+
+def test_stretched_and_cropped(mixed):
+    data = load_data(mixed).fitted(Fit(8, 8, stretch=(10, 12)))
+    assert torch.equal(
+        data.batch([0])[0], bytes_of(WIDE.resize((12, 10), Image.Resampling.BICUBIC).crop((2, 1, 10, 9)))
+    )
+
+
+def test_where_the_centre_lies_between_two_pixels():
+    """A row of 9 pixels, of which 6 remain: torchvision begins at round(1.5) = 2, transformers at floor(1.5) = 1."""
+    row = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 9))
+    assert np.array(Fit(2, 6, shorter=2)(row))[0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert np.array(Fit(2, 6, shorter=2, floor=True)(row))[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert np.array(Fit(2, 11, shorter=2)(row))[0].tolist() == [0, *range(9), 0]  # black around
+
+
+def test_size_is_a_square_that_keeps_proportions_or_both_sides(mixed):
+    assert load_data(mixed, size=16).shape == (3, 16, 16)
+    wide = bytes_of(WIDE.resize((32, 16), Image.Resampling.BICUBIC).crop((8, 0, 24, 16)))
+    assert torch.equal(load_data(mixed, size=16).batch([0])[0], wide)
+    assert load_data(mixed, size=(10, 12)).shape == (3, 10, 12)
+    refused(mixed, "sides from 1", size=0)
+
+
+def test_eight_bit_arrays_are_resized_as_files_are(mixed):
+    files = load_data(mixed, limit=1, size=16)
+    array = load_data((np.array(WIDE)[None], [0]), size=16)
+    assert torch.equal(array.batch([0]), files.batch([0]))
+    assert array.head(1).shape == (3, 16, 16)
+
+
+def test_floats_are_never_resized():
+    x = torch.rand(4, 3, 20, 20)
+    data = load_data((x, [0, 1, 0, 1]))
+    assert torch.equal(data.fitted(Fit(20, 20)).batch([2])[0], x[2])
+    with pytest.raises(assay.DataError, match=r"16 x 16.*float32 samples of shape \(3, 20, 20\).*size=20"):
+        data.fitted(Fit(16, 16))
+    last = load_data((torch.rand(4, 16, 16, 3), [0, 1, 0, 1]))
+    assert last.fitted(Fit(16, 16)).shape == (16, 16, 3)
+    vectors = load_data((torch.rand(4, 7), [0, 1, 0, 1]))
+    assert vectors.fitted(Fit(16, 16)).shape == (7,)
+
+
+def test_a_size_that_was_asked_for_stands_whatever_the_model_takes():
+    data = load_data((torch.rand(4, 3, 20, 20), [0, 1, 0, 1]), size=20)
+    assert data.fitted(Fit(224, 224, 256)).shape == (3, 20, 20)
+    assert data.fitted(None) is data
+
+
+def test_a_fit_can_say_how_many_channels_there_are(mixed):
+    assert load_data(mixed).fitted(Fit(8, 8, channels=1)).batch([0]).shape == (1, 1, 8, 8)
+    grey = load_data((GREY, Y)).fitted(Fit(5, 7, channels=3)).batch([0])[0]
+    assert torch.equal(grey, (torch.from_numpy(GREY[0]) / 255).expand(3, 5, 7))
+
+
+def test_the_fit_is_part_of_the_fingerprint_and_stays_with_parts_of_the_data(mixed):
+    data = load_data(mixed)
+    prints = [data.fitted(Fit(8, 8, s)).fingerprint() for s in (0, 8, 9)] + [
+        data.fitted(Fit(8, 8, 8, "bilinear")).fingerprint()
+    ]
+    assert len({*prints}) == 4
+    fitted = data.fitted(Fit(8, 8, 8))
+    assert fitted.fingerprint() == prints[1]
+    assert fitted.head(2).shape == fitted.scaled(-1, 1).shape == fitted.take([0]).shape == (3, 8, 8)
+    assert fitted.scaled(-1, 1).batch([0]).amin() < 0
+    assert fitted.held().fingerprint() == prints[1]
+
+
+def test_a_thin_image_does_not_fill_the_memory(tmp_path):
+    (tmp_path / "only").mkdir()
+    Image.new("L", (60_000, 1)).save(tmp_path / "only" / "a.png")
+    with pytest.raises(assay.DataError, match="sane proportions"):
+        load_data(tmp_path, size=224).check()
+
+
+def test_fits_that_are_none():
+    for wrong in ({"height": 0}, {"width": -1}, {"shorter": 10**9}, {"filter": "best"}, {"channels": 2}):
+        with pytest.raises(assay.DataError, match="sides from 1"):
+            Fit(**{"height": 8, "width": 8} | wrong)
 
 
 # Hostile files
@@ -298,7 +418,8 @@ def test_grey_images_among_coloured_ones_become_coloured(folder):
 
 def test_images_of_two_sizes_are_refused_with_both_names(folder):
     (folder / "emu" / "2.png").write_bytes(png(COLOUR[2, :4]))
-    refused(folder, folder / "cat" / "0.png", "7 x 5", folder / "emu" / "2.png", "7 x 4", "Resize")
+    refused(folder, folder / "cat" / "0.png", "7 x 5", folder / "emu" / "2.png", "7 x 4", "--size 224", "size=224")
+    assert "different sizes" in repr(load_data(folder))
 
 
 def test_a_late_image_of_another_size_is_found_by_check(tmp_path):
@@ -386,8 +507,8 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     path, good = tmp_path / "t.parquet", [png(g) for g in GREY]
     path.write_bytes(b"PAR1 this is not parquet")
     refused(path, path, "damaged")
-    pq.write_table(pa.table({"img": good, "label": Y}), path)
-    refused(path, "columns image and label", "img, label", "image missing")
+    pq.write_table(pa.table({"photo": good, "label": Y}), path)
+    refused(path, "columns image and label", "photo, label", "image missing")
     refused(write_parquet(path, [[1, 2]] * 6, Y), "encoded images", "list")
     refused(write_parquet(path, good, list("abcabc")), "class numbers", "string")
     refused(write_parquet(path, good, [0, 1, None, 1, 0, 1]), "null in row 2")
@@ -398,6 +519,113 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:8] + b"\xff" * 60 + content[68:])
     refused(path, path)
+
+
+def test_other_names_of_columns_that_are_common(tmp_path):
+    table = pa.table({"img": [png(c) for c in COLOUR], "fine_label": Y, "coarse_label": Y // 2})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert torch.equal(load_data(tmp_path / "t.parquet").labels, torch.from_numpy(Y))
+    features = b'{"info": {"features": {"photo": {"_type": "Image"}, "kind": {"names": ["a"], "_type": "ClassLabel"}}}}'
+    table = pa.table({"photo": [png(c) for c in COLOUR], "kind": Y, "n": Y})
+    pq.write_table(table.replace_schema_metadata({"huggingface": features}), tmp_path / "t.parquet")
+    data = load_data(tmp_path / "t.parquet")
+    assert (data.shape, data.class_names) == ((3, 5, 7), ("a",))
+
+
+# Folders of Hugging Face, without their library (with it: frameworks/test_data_forms.py)
+
+
+def test_hf_takes_the_split_that_is_held_out_or_named(tmp_path):
+    for name, rows in {"train-00000-of-00002": [0, 1], "train-00001-of-00002": [2], "test-00000-of-00001": [3]}.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [png(COLOUR[r]) for r in rows], Y[rows], row_group_size=1)
+    assert torch.equal(load_data(f"hf:{tmp_path}").batch([0])[0], chw(COLOUR[3]))
+    train = load_data(f"hf:{tmp_path}:train")
+    assert torch.equal(train.batch([2, 0]), torch.stack([chw(COLOUR[2]), chw(COLOUR[0])]))
+    assert train.source == f"hf:{tmp_path}:train"
+    refused(f"hf:{tmp_path}:trian", "a split", "Did you mean 'train'?")
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [png(COLOUR[0])[:50]], [0])
+    refused(f"hf:{tmp_path}:train", "row 0", "train-00001-of-00002.parquet")
+
+
+def test_hf_with_class_folders_for_each_split(folder, tmp_path):
+    (tmp_path / "set" / "validation" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "validation" / "cat" / "a.png").write_bytes(png(COLOUR[0]))
+    folder.rename(tmp_path / "set" / "train")
+    assert len(load_data(f"hf:{tmp_path / 'set'}")) == 1
+    assert load_data(f"hf:{tmp_path / 'set'}:train").class_names == ("cat", "dog", "emu")
+
+
+def test_hf_names_files_in_its_folder_only(tmp_path):
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "../../etc/passwd"}], "_split": "test"}')
+    refused(f"hf:{tmp_path}", "names of files", "passwd")
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}], "_split": "test"}')
+    refused(f"hf:{tmp_path}", "Arrow", "data.arrow")
+    (tmp_path / "data.arrow").write_bytes(b"neither this nor that" * 10)
+    refused(f"hf:{tmp_path}", "Arrow", "data.arrow")
+    (tmp_path / "state.json").write_text("[]")
+    refused(f"hf:{tmp_path}", "_split", "state.json")
+
+
+def test_records_of_tensorflow_are_refused_with_a_way_round(tmp_path):
+    (tmp_path / "mnist-test.tfrecord-00000-of-00001").write_bytes(b"1")
+    refused(tmp_path, "TensorFlow Datasets", ".parquet")
+
+
+# Shards
+
+
+def write_shard(path, samples):
+    """Write a tar file: a name and the members of each sample."""
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples:
+            for kind, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_shards_of_webdataset(tmp_path):
+    for shard, rows in {"000": (0, 1), "001": (2, 3), "002": (4,)}.items():
+        samples = [(f"a/{r:04}", {"png": png(COLOUR[r]), "cls": str(Y[r]).encode()}) for r in rows]
+        write_shard(tmp_path / f"val-{shard}.tar", samples)
+    data = load_data(f"{tmp_path}/val-{{000..002}}.tar")
+    assert (len(data), data.shape, data.class_names) == (5, (3, 5, 7), None)
+    assert torch.equal(data.labels, torch.from_numpy(Y[:5]))
+    assert torch.equal(data.batch([4, 1]), torch.stack([chw(COLOUR[4]), chw(COLOUR[1])]))
+    (tmp_path / "classnames.txt").write_text("cat\ndog\nemu\n")
+    assert load_data(tmp_path / "val-001.tar", limit=1).class_names == ("cat", "dog", "emu")
+    refused(f"{tmp_path}/val-{{000..003}}.tar", "no file")
+
+
+def test_shards_with_labels_in_json(tmp_path):
+    members = {"JPG": png(COLOUR[0]), "json": b'{"label": 2, "url": "x"}', "txt": b"a caption"}
+    assert load_data(write_shard(tmp_path / "a.tar", [("0", members)])).labels.tolist() == [2]
+
+
+def test_what_is_wrong_with_a_shard_is_said(tmp_path):
+    path, good = tmp_path / "a.tar", png(COLOUR[0])
+    path.write_bytes(b"")
+    refused(path, "0 bytes")
+    path.write_bytes(b"neither tar nor this" * 100)
+    refused(path, path, ".tar")
+    refused(write_shard(path, [("0", {"png": good, "pyd": pickle.dumps(3)})]), "png, pyd of 0", "not read")
+    refused(write_shard(path, [("0", {"png": good, "cls": b"cat"})]), "class number", "cat")
+    refused(write_shard(path, [("0", {"png": good, "json": b"{"})]), "json", "0 in")
+    refused(write_shard(path, [("0", {"a.png": good, "b.png": good, "cls": b"1"})]), "one image", "a.png, b.png")
+    refused(write_shard(path, [("0", {"png": good[:60], "cls": b"1"})]), "a readable image", "0 in")
+    refused(write_shard(path, []), "at least one sample")
+    samples = [(str(i), {"png": good, "cls": b"1"}) for i in range(9)]
+    content = write_shard(path, samples).read_bytes()
+    path.write_bytes(content[:5000] + b"\xff" * 600 + content[5600:])
+    refused(path, path)
+
+
+def test_names_of_shards_with_braces():
+    assert expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expanded("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
+    assert expanded("plain.tar") == ["plain.tar"]
 
 
 # Python objects
@@ -422,6 +650,39 @@ def test_datasets_of_tensors_arrays_or_images():
         data = load_data(dataset)
         assert torch.equal(data.batch(range(6)), expected)
         assert torch.equal(data.labels, torch.from_numpy(Y))
+
+
+def test_datasets_of_images_may_have_different_sizes():
+    items = [(WIDE, 0), (WIDE.resize((20, 40)), 1), (WIDE.convert("L"), 1)]
+    data = load_data(Items(items))
+    refused(Items(items), "61 x 30", "item 1", "20 x 40")
+    assert torch.equal(
+        data.fitted(Fit(16, 16)).batch([0])[0], bytes_of(WIDE.resize((16, 16), Image.Resampling.BICUBIC))
+    )
+    refused(Items([(WIDE, 0), (torch.zeros(3, 4, 4), 1)]), "item 1", "one Tensor")
+
+
+def test_class_names_of_datasets_and_of_what_wraps_them():
+    dataset = Items([(torch.rand(3, 4, 4), i % 2) for i in range(6)])
+    dataset.classes = ["cat", "dog"]
+    for wrapped in (dataset, torch.utils.data.Subset(dataset, [0, 3]), DataLoader(dataset, batch_size=2)):
+        assert load_data(wrapped).class_names == ("cat", "dog")
+
+
+def test_batches_and_items_that_are_mappings():
+    items = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2, "id": i} for i in range(6)]
+    for source in (Items(items), DataLoader(Items(items), batch_size=4)):
+        data = load_data(source)
+        assert torch.equal(data.batch([3])[0], items[3]["pixel_values"])
+        assert data.labels.tolist() == [0, 1] * 3
+    refused(Items([{"photo": WIDE, "label": 1}]), "photo, label as item 0", "Rename")
+
+
+def test_what_is_too_large_for_the_memory_is_refused_before_it_fills_it(monkeypatch):
+    monkeypatch.setattr("assay.data.objects._MOST", 1000)
+    items = [(torch.rand(3, 8, 8), 0)] * 10
+    refused(Items(items), "into memory", "limit")
+    assert len(load_data(Items(items), limit=1)) == 1
 
 
 def test_a_loader_is_read_until_the_limit():
@@ -496,8 +757,8 @@ def test_demo_data():
     refused("demo:mnits", "mnist")
 
 
-@pytest.mark.parametrize("source", ["hf:some/name", "s3://bucket/x", "some.tar", "nowhere/at/all"])
+@pytest.mark.parametrize("source", ["hf:some/name", "s3://bucket/x", "some.zip", "nowhere/at/all"])
 def test_other_forms_are_refused_with_what_is_accepted(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("some.tar").write_bytes(b"1")
-    refused(source, "folder", source)
+    Path("some.zip").write_bytes(b"1")
+    refused(source, "folder", source.removeprefix("hf:"))

@@ -355,15 +355,31 @@ def test_an_unknown_demo_model():
     refused("demo:mnist-robst", "Did you mean 'mnist-robust'?")
 
 
-@pytest.mark.parametrize("source", ["a.keras", "timm:resnet18", "hf:some/name"])
-def test_later_forms_are_refused_with_a_way_round(source):
-    refused(source, "not understood yet", ".safetensors", "py:module:callable")
+@pytest.mark.parametrize(
+    ("source", "package", "extra"),
+    [
+        ("timm:resnet18", "timm", "timm"),
+        ("torchvision:resnet18", "torchvision", "torchvision"),
+        ("hf:some/name", "transformers", "huggingface"),
+        ("ort:a.onnx", "onnxruntime", "onnx"),
+    ],
+)
+def test_a_library_that_is_not_installed_is_named_with_its_extra(source, package, extra, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.onnx").write_bytes(b"1")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(assay.MissingExtraError, match=rf"{package}.*assay\[{extra}\]"):
+        assay.load_model(source)
+    if source[:4] != "ort:":
+        save_file(linear().state_dict(), tmp_path / "a.safetensors")
+        with pytest.raises(assay.MissingExtraError, match=rf"assay\[{extra}\]"):
+            assay.load_model(tmp_path / "a.safetensors", arch=source)
 
 
 def test_other_files_and_folders_are_refused(tmp_path):
-    refused(tmp_path, "folder", tmp_path)
-    (tmp_path / "a.h5").write_bytes(b"1")
-    refused(tmp_path / "a.h5", "file", ".pt2")
+    (tmp_path / "a.zip").write_bytes(b"1")
+    refused(tmp_path / "a.zip", "file", ".pt2")
+    refused("ort:nowhere.onnx", "nowhere.onnx", "No such file")
     refused("s3://bucket/a.pth", "no file")
 
 

@@ -1,5 +1,6 @@
 """ONNX files become networks with gradients that compute what ONNX Runtime computes; what cannot is refused by name."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 import assay
+from assay.cli.app import app
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders.onnx import TOLERANCE, Runtime, _gap
 
@@ -141,6 +145,41 @@ def test_operators_of_newer_opsets_that_differ_in_form_only(tmp_path):
     assert exports(model.net, x)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Mean", {}),
+        ("Mod", {"fmod": 1}),
+        ("Round", {}),
+        ("LRN", {"size": 3, "alpha": 0.1, "beta": 0.75, "bias": 1.0}),
+        ("DepthToSpace", {"blocksize": 2}),
+    ],
+)
+def test_operators_that_are_less_common(tmp_path, kind, settings):
+    given = ["x", "half"] if kind in ("Mean", "Mod") else ["x"]
+    path = save(
+        tmp_path / "a.onnx", [node(kind, given, ["y"], **settings)], {"half": np.float32([0.3])}, ["b", 4, 3, 3]
+    )
+    x = torch.rand(5, 4, 3, 3) * 3
+    model = assay.load_model(path)
+    torch.testing.assert_close(model.net(x), model.reference(x))
+
+
+@pytest.mark.parametrize("kind", ["And", "Or"])
+@pytest.mark.parametrize("compare", ["GreaterOrEqual", "LessOrEqual"])
+def test_operators_on_truth_values(tmp_path, kind, compare):
+    nodes = [
+        node(compare, ["x", "a"], ["p"]),
+        node("Less", ["x", "b"], ["q"]),
+        node(kind, ["p", "q"], ["r"]),
+        node("Where", ["r", "x", "a"], ["y"]),
+    ]
+    path = save(tmp_path / "a.onnx", nodes, {"a": np.float32([0.3]), "b": np.float32([0.6])}, ["b", 9])
+    x = torch.rand(5, 9)
+    model = assay.load_model(path)
+    torch.testing.assert_close(model.net(x), model.reference(x))
+
+
 def test_weights_shared_through_identity(tmp_path):
     nodes = [
         node("Identity", ["b"], ["c"]),
@@ -234,6 +273,89 @@ def test_the_runtime_takes_any_number_of_rows(tmp_path, net):
     np.testing.assert_allclose(Runtime.open(four)(x), x @ normal(3, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_channels_last_as_other_frameworks_export_them(tmp_path):
+    """Images are (c, h, w) here; the file takes (h, w, c), and gets it."""
+    nodes = [node("ReduceMean", ["x"], ["m"], axes=[1, 2], keepdims=0), node("MatMul", ["m", "w"], ["y"])]
+    path = save(tmp_path / "a.onnx", nodes, {"w": normal(3, 4)}, ["b", 5, 6, 3])
+    x = torch.rand(2, 3, 5, 6)
+    for source in (path, f"ort:{path}"):
+        torch.testing.assert_close(assay.load_model(source)(x), x.mean((2, 3)) @ torch.from_numpy(normal(3, 4)))
+
+
+# ONNX Runtime
+
+
+def test_the_runtime_is_the_reference_of_a_converted_network(tmp_path, net):
+    model = assay.load_model(export(net, tmp_path / "a.onnx"))
+    torch.testing.assert_close(model.reference(X), net(X), atol=1e-5, rtol=1e-5)
+    assert not model.reference(X).requires_grad
+    assert "onnx2torch" in model.notes[0]
+    assert float(model.notes[0].split("at most ")[1].split()[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_without_gradients_any_network_runs_through_the_runtime(tmp_path, net, rows):
+    model = assay.load_model(f"ort:{export(net, tmp_path / 'small.onnx', batch=rows)}", mean=0.5, std=0.25)
+    assert (model.name, model.rows, model.reference) == ("small", None, None)
+    z = assay.Model(model.net)(X.clone().requires_grad_())
+    torch.testing.assert_close(z, net(X), atol=1e-5, rtol=1e-5)
+    assert not z.requires_grad
+    assert "ONNX Runtime" in model.notes[0]
+
+
+def test_a_live_session_is_a_model(tmp_path, net):
+    import onnxruntime
+
+    path = export(net, tmp_path / "small.onnx")
+    by_path, by_bytes = (onnxruntime.InferenceSession(s) for s in (str(path), path.read_bytes()))
+    models = *(assay.Model(s, box=(0, 1)) for s in (by_path, by_bytes)), assay.load_model(f"ort:{path}")
+    for model in models:
+        torch.testing.assert_close(model(X), net(X), atol=1e-5, rtol=1e-5)
+    assert len({fingerprint(m) for m in models}) == 1
+    assert models[0].name == "small"
+
+
+def test_scores_are_attacked_where_there_are_no_gradients(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
+    model = assay.load_model(f"ort:{export(net, tmp_path / 'a.onnx')}")
+    verdict = assay.evaluate(model, (X, net(X).argmax(1)), "linf:0.5", effort="quick", progress=False)
+    assert (verdict.clean_accuracy, verdict.robust_accuracy) == (1.0, 0.0)
+    assert {"no-gradient", "adapted"} <= {f.code for f in verdict.findings}
+
+
+def test_the_command_line_takes_a_file_and_a_folder_of_images(tmp_path, net):
+    """No Python from the user: the network and its size are in the file, the images and the classes in the folder."""
+    export(net, tmp_path / "small.onnx")
+    images = (np.random.default_rng(0).random((6, 10, 9)) * 255).astype(np.uint8)
+    for i, image in enumerate(images):
+        folder = tmp_path / "data" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[: 10 - i % 2]).save(folder / f"{i}.png")  # of two sizes, neither that of the network
+    settings = ["--threat", "linf:0.1", "--effort", "quick", "--json", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "small.onnx"), str(tmp_path / "data"), *settings])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["n"] == 6
+    said = " ".join(f["message"] for f in result["findings"])
+    assert "onnx2torch" in said
+    assert "images of 8 x 8" in said
+
+
+def test_weights_in_a_file_beside_it_are_part_of_the_model(tmp_path):
+    prints = []
+    for seed in (0, 1, 0):
+        path = save(
+            tmp_path / "a.onnx", [node("MatMul", ["x", "w"], ["y"])], {"w": normal(4, 300, seed=seed)}, ["b", 4]
+        )
+        onnx.save(onnx.load(str(path)), str(path), save_as_external_data=True, location="a.weights", size_threshold=0)
+        prints.append([fingerprint(assay.load_model(s)) for s in (path, f"ort:{path}")])
+        (tmp_path / "a.weights").rename(tmp_path / "old")
+    assert prints[0] == prints[2]
+    assert prints[0][0] != prints[1][0]
+    assert prints[0][1] != prints[1][1]
+
+
 # What is refused
 
 
@@ -249,7 +371,34 @@ def test_damaged_files(tmp_path, net):
 
 @pytest.mark.parametrize("name", ["NonMaxSuppression", "Loop", "Load", "RandomNormalLike"])
 def test_an_operator_that_cannot_be_converted_is_named(tmp_path, name):
-    refused(save(tmp_path / "a.onnx", [node(name, ["x"], ["y"])], {}, ["b", 4]), name, "a.onnx", ".pt2")
+    path = save(tmp_path / "a.onnx", [node(name, ["x"], ["y"])], {}, ["b", 4])
+    refused(path, name, path, f"ort:{path}", ".pt2")
+
+
+def test_an_operator_that_no_converter_can_do_is_found_among_others(tmp_path):
+    """It is on the list of operators, but not with these settings; the file is read by ONNX Runtime all the same."""
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Neg", ["a"], ["b"]),
+        node(
+            "Resize", ["b", "", "", "sizes"], ["c"], mode="cubic", coordinate_transformation_mode="tf_crop_and_resize"
+        ),
+        node("Abs", ["c"], ["d"]),
+        node("Flatten", ["d"], ["y"]),
+    ]
+    path = save(tmp_path / "a.onnx", nodes, {"sizes": np.array([1, 1, 9, 9])}, [1, 1, 4, 4])
+    refused(path, "at the operator Resize", f"ort:{path}")
+
+
+def test_some_operators_may_stand_on_constants_only(tmp_path):
+    """As tables of relative positions, which are looked up once; on the input they cannot be converted."""
+    table, index = normal(5, 3), np.array([[0], [4], [2]])
+    nodes = [node("GatherND", ["table", "index"], ["w"]), node("MatMul", ["x", "w"], ["y"])]
+    x = torch.rand(4, 3)
+    model = assay.load_model(save(tmp_path / "a.onnx", nodes, {"table": table, "index": index}, ["b", 3]))
+    torch.testing.assert_close(model(x), x @ torch.from_numpy(table[[0, 4, 2]]))
+    nodes = [node("GatherND", ["x", "index"], ["y"])]
+    refused(save(tmp_path / "b.onnx", nodes, {"index": index}, [5, 3]), "found GatherND in")
 
 
 def test_an_operator_of_another_domain_is_named(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 import assay
 from assay.attacks import PGD
 from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError, ThreatError
+from assay.evaluation.preflight import check_model
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +304,127 @@ def test_models_of_other_precisions_are_asked_in_theirs(net, digits, dtype):
     result = evaluate(other, digits)
     assert abs(result.robust_accuracy - evaluate(net, digits).robust_accuracy) <= 4 / 32
     assert next(other.parameters()).dtype == dtype
+
+
+# Wrapped as the network was not trained: each way is found by undoing it
+
+
+class Undone(nn.Module):
+    """Takes what the first layers did to the input back: a network that expects it in another form."""
+
+    def __init__(self, net, expects):
+        super().__init__()
+        self.net, self.expects = net, expects
+
+    def forward(self, x):
+        return self.net(self.expects(x))
+
+
+@pytest.fixture(scope="module")
+def many():
+    return assay.load_data("demo:mnist", limit=200)
+
+
+def wrapping(model, data):
+    """Return the one finding of severity error, if there is one."""
+    model = model if isinstance(model, assay.Model) else assay.Model(model)
+    threat = assay.Threat("linf", 0.01).within(model.domain, 784)
+    found = [f for f in check_model(model, assay.load_data(data), threat, "cpu").findings if f.severity == "error"]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize(
+    ("expects", "settings", "code"),
+    [
+        (lambda x: x, {}, None),
+        (lambda x: x, {"mean": 0.5, "std": 0.5}, "normalised-twice"),
+        (lambda z: z * 0.31 + 0.13, {}, "not-normalised"),
+        (lambda z: z / 255, {}, "wrong-scale"),
+        (lambda z: (z + 1) / 2, {}, "wrong-scale"),
+        (lambda z: z.transpose(2, 3), {}, "axes-swapped"),
+        (lambda z: 1 - z, {}, "inverted"),
+    ],
+)
+def test_inputs_that_are_not_what_the_network_was_trained_on_are_named(net, many, expects, settings, code):
+    found = wrapping(assay.Model(Undone(net, expects), **settings), arrays(many))
+    assert (found and found.code) == code
+    if found:
+        assert found.evidence["right_without"] > 190
+        assert f"{found.evidence['right'] / 200:.0%}" in found.message
+
+
+@pytest.mark.parametrize(
+    ("labels", "code", "said"),
+    [
+        (lambda y: (y + 1) % 10, "labels-shifted", "1 below"),
+        (lambda y: (y - 1) % 10, "labels-shifted", "1 above"),
+        (lambda y: torch.tensor([3, 1, 0, 2, 9, 8, 4, 5, 7, 6])[y], "labels-permuted", "another order"),
+    ],
+)
+def test_labels_in_another_order_are_named(net, many, labels, code, said):
+    x, y = arrays(many)
+    found = wrapping(net, (x, labels(y)))
+    assert found.code == code
+    assert said in found.message
+
+
+@pytest.fixture(scope="module")
+def colours():
+    """Noisy pictures of ten random templates in red and blue, and the network that tells them apart by correlation."""
+    some = torch.Generator().manual_seed(0)
+    templates = torch.rand(10, 3, 8, 8, generator=some)
+    templates[:, 1] = 0.5
+    y = torch.arange(200) % 10
+    x = (templates[y] + 0.1 * torch.randn(200, 3, 8, 8, generator=some)).clamp(0, 1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    net[1].weight.data = (templates - templates.mean(0)).flatten(1)
+    net[1].bias.data = -(templates - templates.mean(0)).flatten(1).mul(templates.mean(0).flatten()).sum(1)
+    net[1].bias.data -= 0.5 * (templates - templates.mean(0)).flatten(1).square().sum(1)
+    return net, x, y
+
+
+def test_a_network_whose_images_are_in_order_has_no_such_finding(colours):
+    net, x, y = colours
+    assert wrapping(net, (x, y)) is None
+
+
+def test_images_read_in_the_wrong_order_of_axes_are_named(colours):
+    net, x, y = colours
+    kept_last = x.permute(0, 2, 3, 1).reshape(x.shape)
+    assert wrapping(net, (kept_last, y)).code == "channels-last"
+    takes_last = Undone(net, lambda z: z.reshape(-1, 8, 8, 3).permute(0, 3, 1, 2))
+    assert wrapping(takes_last, (x, y)).code == "channels-last"
+
+
+def test_colours_in_the_other_order_are_named(colours):
+    net, x, y = colours
+    assert wrapping(net, (x.flip(1), y)).code == "channels-reversed"
+
+
+def test_class_names_in_another_order_are_named_before_any_sample_is_asked(net, many):
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    data = many.head(100)
+    data.class_names = names
+    model = assay.Model(net, class_names=tuple(sorted(names)))
+    found = wrapping(model, data)
+    assert found.code == "labels-permuted"
+    assert "'eight' to the model" in found.message
+
+
+def test_a_network_that_is_only_bad_is_not_accused(many):
+    """Untrained: its answers go with the classes in some order, as those of any function do, but not by far enough."""
+    torch.manual_seed(0)
+    assert wrapping(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), arrays(many)) is None
+
+
+def test_notes_of_a_bridge_are_shown(net, digits):
+    found = evaluate(assay.Model(net, notes=("The softmax was removed.",)), digits)
+    assert the(found, "adapted").message == "The softmax was removed."
+
+
+def test_a_converted_network_is_compared_with_its_original_on_the_users_samples(net, digits):
+    agree = evaluate(assay.Model(net, reference=lambda x: net(x) * (1 + 1e-6)), digits)
+    assert the(agree, "converted").evidence["same_predictions"] == 32
+    with pytest.raises(ModelError, match="ort:FILE") as e:
+        evaluate(assay.Model(net, reference=lambda x: net(x.flip(3))), digits)
+    assert e.value.code == "conversion-differs"

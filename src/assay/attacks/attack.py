@@ -13,7 +13,7 @@ from assay.core.random import Draws
 from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Mask, PerSample, choose
 from assay.models.door import Door
-from assay.models.model import Model
+from assay.models.model import Model, as_model
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem, exact_size
 from assay.threats.threat import Box, Threat, outside_box
@@ -108,7 +108,7 @@ class Runnable(ABC):
             ThreatError: an eps that does not fit the box, or that this attack needs and does not get.
             ModelError: what the model returns are not finite logits (b, c).
         """
-        model = model if isinstance(model, Model) else Model(model)
+        model = as_model(model)
         threat = Threat.parse(threat) if isinstance(threat, str) else threat
         _check(x, y)
         if max_passes is not None and max_passes < 1:

@@ -17,9 +17,9 @@ from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample
 from assay.data import load_data
-from assay.models import Door, Model
+from assay.models import Door, Model, as_model
 from assay.models.door import default_batch
-from assay.models.model import Net
+from assay.models.loaded import Net
 from assay.threats import Threat
 from assay.threats.threat import outside_box
 
@@ -210,8 +210,8 @@ class Case:
         check_threat(threat)
         if batch_size is not None and batch_size < 1:
             raise UsageError("batch_size of at least 1", str(batch_size), "Leave it out for the default.")
-        model = model if isinstance(model, Model) else Model(model)
-        data = load_data((x, y)).scaled(model.domain.lo, model.domain.hi)
+        model = as_model(model)
+        data = model.takes(load_data((x, y)))
         x, y, box = data.batch(torch.arange(len(data))), data.labels, model.domain
         outside = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
         if outside.any():

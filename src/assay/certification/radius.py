@@ -12,7 +12,7 @@ from assay.core.progress import Progress, silent
 from assay.core.registry import UsageError
 from assay.core.types import Labels, Mask, PerSample
 from assay.models import Model
-from assay.models.model import Net
+from assay.models.loaded import Net
 from assay.threats import NORMS, Threat
 from assay.threats.problem import exact_size
 

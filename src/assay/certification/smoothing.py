@@ -19,7 +19,7 @@ from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Labels, Mask, PerSample
 from assay.models import Model
 from assay.models.door import default_batch
-from assay.models.model import Net
+from assay.models.loaded import Net
 from assay.threats.threat import Box, outside_box
 
 NOISES: Final = ("gaussian", "uniform", "ablation")

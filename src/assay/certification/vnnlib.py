@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from assay.certification.vnnlib_format import Conjunction, Floats, Property, Region, parse, read
 from assay.core.errors import DataError, ModelError
 from assay.core.random import Draws
-from assay.models.model import Model, Net
+from assay.models.loaded import Net
+from assay.models.model import Model
 
 __all__ = [
     "Conjunction",

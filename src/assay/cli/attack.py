@@ -49,6 +49,7 @@ def attack(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = None,
@@ -64,16 +65,14 @@ def attack(
     import torch
 
     from assay.attacks import get
-    from assay.data import load_data
     from assay.evaluation.preflight import check_data, check_model
     from assay.threats import Threat
 
     chosen = get(with_, **o.parameters(set_ or []))
-    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
-    bits = _bits(quantize, samples.shape, save_images)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    samples = net.takes(o.data_of(data, size, limit=limit, trust_pickle=trust_pickle))
+    bits = _bits(quantize, samples.shape, save_images)
     place, parsed = o.device_of(device), replace(Threat.parse(threat), quantize=bits)
-    samples = samples.scaled(net.domain.lo, net.domain.hi)
     findings = check_data(samples, net.domain)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
     checked = check_model(net, samples, parsed, place)

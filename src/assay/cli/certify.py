@@ -71,6 +71,7 @@ def certify(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     limit: o.Limit = None,
     out: o.Out = None,
     seed: o.Seed = 0,
@@ -89,7 +90,6 @@ def certify(
     assay certify demo:mnist-robust demo:mnist --threat linf --radius --limit 100
     assay certify demo:mnist-plain demo:mnist --threat l2:0.25 --method smoothing --sigma 0.25 --n 1000 --limit 100
     """
-    from assay.data import load_data
     from assay.threats import Threat
 
     if vnnlib is not None:
@@ -101,7 +101,7 @@ def certify(
     _check(parsed, method, radius=radius, no_attack=no_attack)
     place = o.device_of(device)
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     how: dict[str, Any] = {
         "seed": seed,
         "batch_size": batch_size,
@@ -111,7 +111,7 @@ def certify(
         "command": o.command_line(),
     }
     settings = [model, data, threat, "certify", method, radius, no_attack, seconds, arithmetic, seed, limit]
-    settings += [arch, box, mean, std]
+    settings += [arch, box, mean, std, *([size] if size else [])]
     if method == "smoothing":
         from assay.certification import Smoothed
         from assay.evaluation.smoothed import certify_smoothed

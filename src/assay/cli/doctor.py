@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 from dataclasses import asdict, dataclass
 from typing import Final, final
@@ -9,22 +10,36 @@ from typing import Final, final
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from assay import __version__
 from assay.cli import options as o
+from assay.core.errors import MissingExtraError
+from assay.core.optional import need
 
 _NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "jinja2", "rich", "typer")
 _OPTIONAL: Final = {
-    "torchvision": "pip install torchvision (of the release that belongs to your torch)",
-    "onnx": "pip install 'assay[onnx]' (with onnxruntime, onnx2torch and onnx2pytorch), to read .onnx files",
-    "lightning_fabric": "pip install 'assay[harden]', to train with `assay harden`",
-    "keras": "support for .keras comes in a later version",
-    "timm": "support for timm: comes in a later version",
-    "transformers": "support for hf: comes in a later version",
-    "fastai": "support for fastai comes in a later version",
-    "ray": "support for clusters comes in a later version",
+    "torchvision": ("torchvision", "torchvision: models, augmentation policies"),
+    "onnx": ("onnx", ".onnx files"),
+    "onnxruntime": ("onnx", ".onnx files by their scores (ort:)"),
+    "lightning_fabric": ("harden", "`assay harden`"),
+    "timm": ("timm", "timm: models"),
+    "transformers": ("huggingface", "hf: models"),
+    "datasets": ("huggingface", "live data sets of Hugging Face"),
+    "keras": ("keras", ".keras files, live Keras models"),
+    "tensorflow": ("tensorflow", "SavedModels, live TensorFlow models"),
+    "jax": ("jax", "JAX functions"),
+    "sklearn": ("sklearn", "scikit-learn estimators"),
+    "fastai": ("fastai", "fastai learners"),
+    "lightning": ("lightning", "training with Lightning"),
+    "captum": ("attribution", "`assay study attribution`"),
+    "dash": ("serve", "`assay serve`"),
+    "urllib3": ("http", "models behind HTTP"),
 }
-_MODULE: Final = {"pillow": "PIL"}
+"""Optional packages: the extra that installs each, and what it is for."""
+
+_NAMES: Final = {"pillow": "PIL"}
+"""The module of a distribution, where it is called otherwise."""
 
 
 @final
@@ -44,10 +59,10 @@ def doctor(as_json: o.Json = False) -> None:
     parts = [
         Part("assay", __version__),
         Part("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        *(_examine(n, needed=True, remedy=f"pip install --force-reinstall {n}") for n in _NEEDED),
+        *(_examine(n, f"pip install --force-reinstall {n}") for n in _NEEDED),
         _devices(),
         _demo(),
-        *(_examine(n, needed=False, remedy=r) for n, r in _OPTIONAL.items()),
+        *(_optional(n, *about) for n, about in _OPTIONAL.items()),
     ]
     fault = any(p.fault for p in parts)
     if as_json:
@@ -58,17 +73,33 @@ def doctor(as_json: o.Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _examine(name: str, *, needed: bool, remedy: str) -> Part:
+def _examine(name: str, remedy: str) -> Part:
     try:
         version = importlib.metadata.version(name)
+        importlib.import_module(_NAMES.get(name, name))
     except importlib.metadata.PackageNotFoundError:
-        return Part(name, "missing" if needed else "not installed (optional)", needed, remedy)
-    try:
-        importlib.import_module(_MODULE.get(name, name))
+        return Part(name, "missing", True, remedy)
     except Exception as e:  # whatever a broken installation raises is what is wanted here
-        said = (str(e).splitlines() or [""])[0]
-        return Part(name, f"{version}, but its import fails: {type(e).__name__}: {said}", needed, remedy)
+        return Part(name, f"{version}, but its import fails: {_said(e)}", True, remedy)
     return Part(name, version)
+
+
+def _optional(module: str, extra: str, purpose: str) -> Part:
+    """Look for an optional package by its module: distributions of several names may bring it (tensorflow-cpu)."""
+    remedy = f"for {purpose}: pip install 'assay[{extra}]'"
+    if importlib.util.find_spec(module) is None:
+        return Part(module, "not installed (optional)", False, remedy)
+    brought = importlib.metadata.packages_distributions().get(module, [module])
+    version = importlib.metadata.version(brought[0])
+    try:
+        need(module, extra)
+    except MissingExtraError as e:
+        return Part(module, f"{version}, but its import fails: {e.found}", False, remedy)
+    return Part(module, version)
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def _devices() -> Part:
@@ -98,7 +129,7 @@ def _show(parts: list[Part], *, fault: bool) -> None:
     for p in parts:
         mark = "[red]x[/red]" if p.fault else "[green]+[/green]"
         mark = "[dim]-[/dim]" if not p.fault and p.remedy else mark
-        table.add_row(mark, p.part, p.found, p.remedy)
+        table.add_row(mark, p.part, Text(p.found), Text(p.remedy))  # as it is: [onnx] is no markup
     console = Console(highlight=False)
     console.print(table)
     console.print("\nSomething that assay needs is broken." if fault else "\nAll that assay needs is there.")

@@ -60,6 +60,7 @@ def evaluate(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     limit: o.Limit = None,
     max_passes: MaxPasses = None,
     max_seconds: MaxSeconds = None,
@@ -83,7 +84,6 @@ def evaluate(
     assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3 --limit 500
     assay evaluate net.pth images/ --arch nets:resnet --threat linf:8/255 --mean .49,.48,.45 --std .2,.2,.2
     """
-    from assay.data import load_data
     from assay.evaluation import evaluate as run_evaluation
     from assay.threats import Threat
 
@@ -93,7 +93,7 @@ def evaluate(
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     place = o.device_of(device)
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     if dry_run:
         from assay.certification import Proof
         from assay.evaluation.cost import estimate
@@ -103,7 +103,7 @@ def evaluate(
         show_cost(cost.within(max_passes, max_seconds), as_json=as_json)
         return
     name = [model, data, threat, effort, seed, limit, arch, box, mean, std, quantize, *([given] if given else [])]
-    name += [prove] if prove else []
+    name += [v for v in (prove, size) if v]
     result = run_evaluation(
         loaded,
         samples,

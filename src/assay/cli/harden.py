@@ -87,6 +87,7 @@ def harden(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = None,
@@ -122,7 +123,7 @@ def harden(
     own = method is None or kept is None or method == kept.method
     how: dict[str, Any] = dict(kept.settings) if kept and own else {}
     how |= o.parameters(settings or [])
-    samples, judged = _data(data, valid, test, limit, test_limit, trust_pickle=trust_pickle)
+    samples, judged = _data(data, size, valid, test, limit, test_limit, trust_pickle=trust_pickle)
     warnings.showwarning = _warn  # type: ignore[assignment]
     result = train(
         loaded,
@@ -161,15 +162,21 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
 
 
 def _data(
-    data: str, valid: str | None, test: str | None, limit: int | None, test_limit: int, *, trust_pickle: bool
+    data: str,
+    size: str | None,
+    valid: str | None,
+    test: str | None,
+    limit: int | None,
+    test_limit: int,
+    *,
+    trust_pickle: bool,
 ) -> tuple["Data", "Data"]:
     """Return what to train on, and what the verdict is of."""
-    from assay.data import load_data
     from assay.hardening.source import split_off
 
-    samples = load_data(data, limit=limit, trust_pickle=trust_pickle)
+    samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     if test or valid:
-        return samples, load_data(str(test or valid), limit=test_limit, trust_pickle=trust_pickle)
+        return samples, o.data_of(str(test or valid), size, limit=test_limit, trust_pickle=trust_pickle)
     return samples, split_off(samples)[1].head(test_limit)
 
 

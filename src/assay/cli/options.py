@@ -15,6 +15,7 @@ from rich.console import Console
 from assay.core.errors import AssayError
 
 if TYPE_CHECKING:
+    from assay.data import Data
     from assay.models import Model
 
 P = ParamSpec("P")
@@ -43,6 +44,10 @@ Std: TypeAlias = Annotated[
 TrustPickle: TypeAlias = Annotated[
     bool,
     typer.Option("--trust-pickle", help="Unpickle files, which runs code from them.", rich_help_panel=_INPUT),
+]
+Size: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--size", metavar="N|H,W", help="Scale and crop 8-bit images to this size.", rich_help_panel=_INPUT),
 ]
 Limit: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Use only the first N samples.", rich_help_panel=_INPUT)
@@ -148,6 +153,18 @@ def model_of(
     if trust_pickle:
         errors.print(f"trusting {source}: unpickling it runs whatever code it holds", markup=False)
     return load_model(source, arch=arch, box=box, mean=numbers(mean), std=numbers(std), trust_pickle=trust_pickle)
+
+
+def data_of(source: str, size: str | None, *, limit: int | None, trust_pickle: bool) -> "Data":
+    """Load DATA; ``size`` is ``224`` or ``224,160`` (height, width)."""
+    from assay.data import load_data
+
+    try:
+        sides = None if size is None else [int(part) for part in size.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--size takes 224, or 224,160 for height and width; got {size!r}") from None
+    fit = None if sides is None else (sides[0], sides[-1])
+    return load_data(source, limit=limit, trust_pickle=trust_pickle, size=fit)
 
 
 def run_folder(*settings: Any) -> Path:

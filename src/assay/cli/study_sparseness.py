@@ -46,6 +46,7 @@ def sparseness(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     limit: o.Limit = None,
     out: o.Out = None,
     seed: o.Seed = 0,
@@ -59,13 +60,12 @@ def sparseness(
     assay study sparseness demo:mnist-plain demo:mnist --attack fgsm --eps 0.03 --limit 200
     """
     from assay.attacks import get
-    from assay.data import load_data
     from assay.evaluation.preflight import check_data
     from assay.study import sparseness as measure
 
     wanted = _threat(threat, eps)
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    samples = load_data(data, limit=limit, trust_pickle=trust_pickle).scaled(loaded.domain.lo, loaded.domain.hi)
+    samples = loaded.takes(o.data_of(data, size, limit=limit, trust_pickle=trust_pickle))
     check_data(samples, loaded.domain)
     found = measure(
         loaded,
@@ -82,7 +82,7 @@ def sparseness(
         weight=weight,
     )
     settings = [model, data, wanted, "sparseness", attack, set_, layers, bins, no_adaptive, weight, seed, limit]
-    folder = found.save(out or o.run_folder(*settings, arch, box, mean, std))
+    folder = found.save(out or o.run_folder(*settings, arch, box, mean, std, *([size] if size else [])))
     _show(found, folder, as_json=as_json, quiet=quiet)
 
 

@@ -101,7 +101,7 @@ def from_arrays(x: Any, y: Any, *, name: str, source: str, class_names: Sequence
 
 
 def npz(path: Path, *, trust_pickle: bool) -> Data:
-    """Load ``x`` and ``y`` from a ``.npz`` file.
+    """Load ``x`` and ``y``, and ``class_names`` if they are there, from a ``.npz`` file.
 
     Raises:
         DataError: not such a file, damaged, without ``x`` or ``y``, or with a pickle that is not trusted.
@@ -111,17 +111,18 @@ def npz(path: Path, *, trust_pickle: bool) -> Data:
     try:
         with np.load(path, allow_pickle=trust_pickle) as file:
             names = list(file.files)
-            found = {n: file[n] for n in ("x", "y") if n in names}
+            found = {n: file[n] for n in ("x", "y", "class_names") if n in names}
     except Exception as e:  # a parser given hostile bytes may raise anything
         raise _unreadable(path, e) from e
-    if len(found) < 2:
+    if not {"x", "y"} <= found.keys():
         raise DataError(
             "arrays named x and y",
             f"{', '.join(names) or 'no arrays'} in {path}",
-            "Save it with numpy.savez(file, x=inputs, y=labels).",
+            "Save it with numpy.savez(file, x=inputs, y=labels, class_names=names); the names may be left out.",
         )
     x, y = (_plain(found[n], f"{n} of {path}") for n in ("x", "y"))
-    return from_arrays(x, y, name=path.stem, source=str(path))
+    called = [str(n) for n in np.ravel(found["class_names"])] if "class_names" in found else None
+    return from_arrays(x, y, name=path.stem, source=str(path), class_names=called)
 
 
 def _plain(a: Any, where: str) -> Any:

@@ -1,21 +1,23 @@
 """Encoded images, decoded when they are asked for; folders of them."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import final
 
-import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from assay.core.errors import DataError
 from assay.core.types import Rows
-from assay.data.data import Data
+from assay.data.data import Data, planes
+from assay.data.fit import Fit
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 
@@ -30,19 +32,34 @@ _KEEP = 10**9
 
 
 @final
-class Images:
-    """Encoded images of one size, as (c, h, w): c = 1 if grey, 3 if coloured; alpha channels are dropped.
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the headers of the first images say.
 
-    If a coloured one is among the first images, all are coloured: grey ones are repeated over the channels.
+    Whether one is coloured; the size (width, height) of the first one; position and size of one that has another.
+    """
+
+    colour: bool
+    size: tuple[int, int]
+    odd: tuple[int, tuple[int, int]] | None = None
+
+
+@final
+class Images:
+    """Encoded images, as (c, h, w): c = 1 if grey, 3 if coloured; alpha channels are dropped.
+
+    If a coloured one is among the first images, all are coloured: grey ones are repeated over the channels. Without a
+    fit, all must have the size of the first one.
 
     Args:
         read: from a position to the encoded bytes.
         where: from a position to what messages call this image.
         n: how many there are.
-        shape: of one decoded image, if known.
+        fit: how they get one size.
+        look: at the first images, if that was taken.
 
     Raises:
-        DataError: one of the first images is damaged, of another size, or has more than 8 bits a channel.
+        DataError: one of the first images is damaged, or has more than 8 bits a channel.
     """
 
     def __init__(
@@ -50,64 +67,93 @@ class Images:
         read: Callable[[int], bytes],
         where: Callable[[int], str],
         n: int,
-        shape: tuple[int, int, int] | None = None,
+        fit: Fit | None = None,
+        look: _Look | None = None,
     ) -> None:
-        self._read, self._where, self._n = read, where, n
-        self.shape = shape or self._peek()
-        small = n * int(np.prod(self.shape)) <= _KEEP
-        self._kept = torch.empty((n, *self.shape), dtype=torch.uint8) if small else None
+        self._read, self._where, self._n, self._fit = read, where, n, fit
+        self._look = look or self._peek()
+        self._kept: Tensor | None = None
         self._have = torch.zeros(n, dtype=torch.bool)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one decoded image.
+
+        Raises:
+            DataError: they have different sizes, and there is no fit.
+        """
+        channels = 3 if self._look.colour else 1
+        if self._fit is not None:
+            return self._fit.channels or channels, self._fit.height, self._fit.width
+        if self._look.odd is not None:
+            raise self._sizes(*self._look.odd)
+        return channels, *self._look.size[::-1]
 
     def __len__(self) -> int:
         return self._n
 
     def stored(self, rows: Rows) -> Tensor:
-        if self._kept is None:
-            out = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
+        shape = self.shape
+        if self._n * math.prod(shape) > _KEEP:
+            out = torch.empty((len(rows), *shape), dtype=torch.uint8)
             for i, row in enumerate(rows.tolist()):
-                out[i] = self._decode(row)
+                out[i] = self._decode(row, shape[0])
             return out
+        if self._kept is None:
+            self._kept = torch.empty((self._n, *shape), dtype=torch.uint8)
         for row in rows[~self._have[rows]].tolist():
-            self._kept[row] = self._decode(row)
+            self._kept[row] = self._decode(row, shape[0])
             self._have[row] = True
         return self._kept[rows]
 
     def head(self, n: int) -> "Images":
-        return Images(self._read, self._where, n, self.shape)
+        odd = self._look.odd if self._look.odd and self._look.odd[0] < n else None
+        return Images(self._read, self._where, n, self._fit, replace(self._look, odd=odd))
+
+    def fitted(self, fit: Fit) -> "Images":
+        return Images(self._read, self._where, self._n, fit, self._look)
 
     def contents(self) -> Iterator[bytes]:
+        if self._fit is not None:
+            yield repr(self._fit).encode()
         for row in range(self._n):
             encoded = self._read(row)
             yield len(encoded).to_bytes(8, "little")
             yield encoded
 
-    def _peek(self) -> tuple[int, int, int]:
-        width, height, colour = 0, 0, False
+    def _peek(self) -> _Look:
+        look = _Look(colour=False, size=(0, 0))
         for row in range(min(self._n, _PEEK)):
             with _opened(self._read(row), self._where(row)) as image:
-                if row and image.size != (width, height):
-                    raise self._sizes(row, image.size, (width, height))
-                (width, height), colour = image.size, colour or is_colour(image, self._where(row))
-        return 3 if colour else 1, height, width
+                look = replace(look, colour=look.colour or is_colour(image, self._where(row)))
+                if not row:
+                    look = replace(look, size=image.size)
+                elif look.odd is None and image.size != look.size:
+                    look = replace(look, odd=(row, image.size))
+        return look
 
-    def _decode(self, row: int) -> Tensor:
-        channels, height, width = self.shape
+    def _decode(self, row: int, channels: int) -> Tensor:
         with _opened(self._read(row), self._where(row)) as image:
-            if image.size != (width, height):
-                raise self._sizes(row, image.size, (width, height))
-            if is_colour(image, self._where(row)) and channels == 1:
+            if self._fit is None and image.size != self._look.size:
+                raise self._sizes(row, image.size)
+            wanted = self._fit.channels if self._fit else 0
+            if is_colour(image, self._where(row)) and channels == 1 and not wanted:
                 raise DataError(
                     "grey images, as the first ones are",
                     f"a coloured one, {self._where(row)} (mode {image.mode})",
                     "Convert all images to grey, or all to RGB.",
                 )
-            return pixels(image, channels)
+            converted = image.convert("RGB" if channels == 3 else "L")
+            return planes(converted if self._fit is None else self._fit(converted))
 
-    def _sizes(self, row: int, size: tuple[int, int], others: tuple[int, int]) -> DataError:
+    def _sizes(self, row: int, size: tuple[int, int]) -> DataError:
+        width, height = self._look.size
         return DataError(
-            f"images of one size: {self._where(0)} is {others[0]} x {others[1]} (width x height)",
+            f"images of one size, or the size that the model takes: {self._where(0)} is {width} x {height} "
+            "(width x height)",
             f"{self._where(row)} with {size[0]} x {size[1]}",
-            "Resize or crop all images to the size that the model takes.",
+            "Resize them by --size 224, in Python load_data(..., size=224), with the size that the model takes; "
+            "models that know their size need nothing.",
         )
 
 
@@ -120,12 +166,6 @@ def is_colour(image: Image.Image, where: str) -> bool:
     if image.mode not in _GREY + _COLOUR:
         raise DataError("an image of 8 bits a channel", f"{where} of mode {image.mode}", "Convert it, or use .npz.")
     return image.mode in _COLOUR
-
-
-def pixels(image: Image.Image, channels: int) -> Tensor:
-    """Return an image as uint8 (channels, h, w); channels is 1 or 3."""
-    a = np.array(image.convert("RGB" if channels == 3 else "L"))
-    return torch.from_numpy(a).view(*a.shape[:2], channels).permute(2, 0, 1)
 
 
 @contextmanager
@@ -187,6 +227,12 @@ def _is_image(p: Path) -> bool:
 
 def _not_classes(path: Path, classes: list[Path]) -> DataError:
     expected = f"one folder of images for each class in {path}"
+    if any(".tfrecord" in p.name for p in path.iterdir()):
+        return DataError(
+            expected,
+            "records of TensorFlow Datasets",
+            "Save them as .parquet with image and label, as class folders of images, or as x and y in .npz.",
+        )
     if any(_is_image(p) for p in path.iterdir()):
         return DataError(expected, "images directly in it", "Make a folder of each class's images.")
     if any(p.is_dir() and not p.name.startswith(".") for c in classes for p in c.iterdir()):

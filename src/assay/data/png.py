@@ -1,5 +1,6 @@
 """Images to 8-bit PNG files and back."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,20 @@ def write_png(path: Path, image: Tensor, lo: float = 0.0, hi: float = 1.0) -> No
     Raises:
         DataError: not an image of one or three channels.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(encode_png(image, lo, hi))
+    part.replace(path)
+
+
+def encode_png(image: Tensor, lo: float = 0.0, hi: float = 1.0) -> bytes:
+    """Return what :func:`write_png` writes."""
     check_saveable(tuple(image.shape))
     place = (image.detach().cpu().double() - lo) / (hi - lo) * 255
     levels = place.round().clamp(0, 255).to(torch.uint8).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(part, format="PNG")
-    part.replace(path)
+    file = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(file, format="PNG")
+    return file.getvalue()
 
 
 def read_png(path: Path, lo: float = 0.0, hi: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

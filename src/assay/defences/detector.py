@@ -11,7 +11,8 @@ from assay.core.registry import UsageError
 from assay.core.types import Inputs, Logits, PerSample
 from assay.defences.wrap import as_module, defended
 from assay.models.door import Door
-from assay.models.model import Model, Net
+from assay.models.loaded import Net
+from assay.models.model import Model
 
 Suspicion: TypeAlias = Callable[[nn.Module, Inputs, Logits], PerSample]
 """How suspicious inputs (b, *f) are, (b,): from the network, the inputs, and the network's logits for them."""

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Logits
 from assay.defences.wrap import as_module
-from assay.models.model import Model, Net
+from assay.models.loaded import Net
+from assay.models.model import Model
 
 _HALF: Final = 10.0
 """The mean log probability, below zero, that counts as half a vote less: what decides equal votes is less than one."""

@@ -8,7 +8,8 @@ from torch import nn
 
 from assay.core.errors import ModelError
 from assay.core.types import Inputs, Logits
-from assay.models.model import Model, Net
+from assay.models.loaded import Net
+from assay.models.model import Model, as_model
 from assay.threats.threat import Box
 
 
@@ -29,11 +30,6 @@ class Inside(nn.Module):
         """Write what the answers depend on besides the net; a run's fingerprint reads it here."""
         mean, std = (None if v is None else torch.as_tensor(v).tolist() for v in (self.model.mean, self.model.std))
         return f"box={self.box}, mean={mean}, std={std}, probabilities={self.model.probabilities}"
-
-
-def as_model(model: Model | Net) -> Model:
-    """Return a model; a net by itself is one that takes inputs in [0, 1]."""
-    return model if isinstance(model, Model) else Model(model)
 
 
 def as_module(model: Model | Net) -> nn.Module:

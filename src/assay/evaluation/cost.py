@@ -100,7 +100,7 @@ def estimate(
         UsageError: no such effort.
     """
     typical, most = budget or _budget(effort, threat)
-    data = data.scaled(model.domain.lo, model.domain.hi)
+    data = model.takes(data)
     batch = min(batch_size or default_batch(data.shape, device), len(data))
     first = data.head(batch)
     check_data(first, model.domain)

@@ -29,7 +29,7 @@ from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.preflight import check_data, check_model
 from assay.evaluation.result import Evaluation
-from assay.models import Model
+from assay.models import Model, as_model
 from assay.models.door import default_batch
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
@@ -109,7 +109,7 @@ def evaluate(
     threat, course = _threat(threat, proof), Course(until_interval, max_seconds, tuple(eps_list or ()))
     levels, model, data = course.within(threat), _model(model), load_data(data, limit=limit)
     mark = fingerprint(model)  # before the model is asked anything: it may count its calls
-    data = data.scaled(model.domain.lo, model.domain.hi)
+    data = model.takes(data)
     findings, threat = check_data(data, model.domain), threat.within(model.domain, int(np.prod(data.shape)))
     checked = check_model(model, data, threat, device)
     prover = proof.prover(checked.model, data.shape, device) if proof else None
@@ -164,7 +164,7 @@ def _give_up(run: Run, error: BaseException, passing: str | None) -> None:
 def _model(model: Any) -> Model:
     if isinstance(model, str | Path):
         return load_model(model)
-    return model if isinstance(model, Model) else Model(model)
+    return as_model(model)
 
 
 def _threat(threat: Threat | str, proof: Proof | None) -> Threat:

@@ -69,7 +69,7 @@ def new_manifest(
             "fingerprint": data.fingerprint(),
             "n": len(data),
             "shape": list(data.shape),
-            "class_names": list(data.class_names) if data.class_names else None,
+            "class_names": list(names) if (names := data.class_names or model.class_names) else None,
         },
         "machine": {
             "python": platform.python_version(),

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from assay.attacks import LOSSES, Square
-from assay.core.errors import DataError
+from assay.core.errors import DataError, ModelError
 from assay.data import Data
 from assay.evaluation.finding import Finding, Severity
 from assay.evaluation.health import LINEAR, Bench, Health, averaged, gradient_spread
 from assay.evaluation.ladder import mend
+from assay.evaluation.wrapping import check_wrapping
 from assay.models import Door, Live, Model
 from assay.threats import Box, Threat
 from assay.threats.threat import outside_box
@@ -24,8 +26,14 @@ PROBE = 64
 RANDOM_PROBE = 16
 """Samples on which the gradients of a random model are measured, many passes each; and of large samples, all."""
 
+_SPREAD = 256
+"""Samples from all over the data on which wrong wrappings are looked for; ``PROBE`` of large ones."""
+
 _LARGE = 2**15
 """Values of a sample from which on the model's checks look at fewer samples."""
+
+_CONVERTED = 1e-3
+"""The most that logits may differ from those of what a network was converted from, as a share of the largest."""
 
 _SAME = 1e-4
 """Logits that differ by more than this share of their median size (one may be huge to mask a class) are different."""
@@ -131,18 +139,20 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
         NonFiniteError: NaN or infinity (``bad-logits``).
         DataError: labels outside the classes (``bad-logits``).
     """
-    findings = list(check_modes(model))
-    rows = torch.arange(min(len(data), PROBE if math.prod(data.shape) <= _LARGE else RANDOM_PROBE))
+    findings = [*check_modes(model), *_told(model, data)]
+    rows = torch.arange(min(len(data), RANDOM_PROBE if _large(data) else PROBE))
     with model.frozen(device) as live:
         x, y = data.batch(rows).to(live.device), data.labels[rows].to(live.device)
         z = _ask(live, x)
         check_labels(data, z.shape[1])
+        findings += check_conversion(model, x, z)
+        findings += check_wrapping(model, partial(_ask, live), *(v.to(live.device) for v in _spread(data)))
         again = _ask(live, x)
         random = _differ(z, again)
         if not random:
             findings += _batch_dependence(live, x, z)
             with torch.no_grad():  # a network that notices when its layers are replaced is searched as it is
-                model = replace(model, tuned=not _differ(z, live.search(x)))
+                model = replace(model, tuned=not _differ(z, Door(live, len(x)).searched(x, rows.to(x.device))))
         if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
             findings.append(_PROBABILITIES)
             model = replace(model, probabilities=True)
@@ -158,6 +168,64 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
         model, finding = _steadied(after.model, bench, *looks)
         after, findings = replace(after, model=model), [*findings, finding]
     return Preflight(after.model, tuple(findings), z.shape[1], after.health.blind)
+
+
+def _large(data: Data) -> bool:
+    return math.prod(data.shape) > _LARGE
+
+
+def _spread(data: Data) -> tuple[Tensor, Tensor]:
+    """Return samples (b, *f) from all over the data, which may be in the order of its classes, and labels (b,)."""
+    count = min(len(data), PROBE if _large(data) else _SPREAD)
+    rows = torch.linspace(0, len(data) - 1, count, dtype=torch.float64).long()
+    return data.batch(rows), data.labels[rows]
+
+
+def _told(model: Model, data: Data) -> Iterator[Finding]:
+    """Say what was done to make a model of what the user has, and whether its classes are called as the data's are."""
+    for note in model.notes:
+        yield Finding("adapted", "info", note, {}, "Nothing is to be done, if that is what you meant.")
+    ours, theirs = data.class_names, model.class_names
+    if ours and theirs and ours != theirs and set(ours) == set(theirs):
+        k = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        yield Finding(
+            "labels-permuted",
+            "error",
+            f"Model and data have the same classes in another order: class {k} is {theirs[k]!r} to the model, and "
+            f"{ours[k]!r} in the data.",
+            {"first": k, "model": theirs[k], "data": ours[k]},
+            "Bring them into one order, for example by numbering the class folders.",
+        )
+
+
+def check_conversion(model: Model, x: Tensor, z: Tensor) -> Iterator[Finding]:
+    """Compare a converted network with what it was converted from, on the user's own samples.
+
+    Raises:
+        ModelError: they are two different networks (``conversion-differs``).
+    """
+    if model.reference is None:
+        return
+    own = replace(model, net=model.reference, reference=None, notes=(), rows=None, fixed_rows=False)
+    with torch.no_grad():
+        wanted = own(x.cpu()).to(z)
+    gap = float((z - wanted).abs().max() / wanted.abs().max().clamp_min(1))
+    same = int((z.argmax(1) == wanted.argmax(1)).sum())
+    if not gap <= _CONVERTED:
+        raise ModelError(
+            f"the converted network to answer as what it was converted from (to within {_CONVERTED:g})",
+            f"logits that differ by {gap:.2g} of the largest on {len(z)} samples; {same} predictions agree",
+            "Export it anew; an .onnx file can be attacked by its scores instead: ort:FILE.",
+            code="conversion-differs",
+        )
+    yield Finding(
+        "converted",
+        "info",
+        f"On {len(z)} of your samples the logits of the converted network differ from the original's by at most "
+        f"{gap:.2g} of the largest; {same} predictions agree.",
+        {"difference": gap, "same_predictions": same, "n": len(z)},
+        "Nothing is to be done.",
+    )
 
 
 def _two_looks(model: Model, bench: Bench) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def certify_smoothed(
         found = f"{threat.norm.name} with {smoothed.noise} noise"
         raise ThreatError(f"a threat in {smoothed.law.norm}", found, "Gaussian noise is for l2, uniform for l1.")
     data, mark = load_data(data, limit=limit), fingerprint(model)
-    data = data.scaled(model.domain.lo, model.domain.hi)
+    data = model.takes(data)
     findings = check_data(data, model.domain)
     threat = threat.within(model.domain, math.prod(data.shape))
     classes = _classes(model, data.batch([0]), device)

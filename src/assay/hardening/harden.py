@@ -154,7 +154,7 @@ def harden(
     if path is not None:
         check_format(path)
     data, held_back = _data(train, valid, model)
-    more = None if extra is None else load_data(extra).scaled(model.domain.lo, model.domain.hi)
+    more = None if extra is None else model.takes(load_data(extra))
     threat = _checked(threat, objective, model, data)
     classes = _classes(model, [data, held_back, *([more] if more else [])])
     fabric = fabric_for(device, devices, how.precision)
@@ -298,10 +298,10 @@ def _check_devices(devices: int, objective: Objective, how: Settings) -> None:
 
 
 def _data(train: Any, valid: Any, model: Model) -> tuple[Data, Data]:
-    data = load_data(train).scaled(model.domain.lo, model.domain.hi)
+    data = model.takes(load_data(train))
     if valid is None:
         return split_off(data)
-    other = load_data(valid).scaled(model.domain.lo, model.domain.hi)
+    other = model.takes(load_data(valid))
     if other.shape != data.shape:
         raise DataError(f"validation samples of shape {data.shape}", f"{other.shape}", "Give data of one kind.")
     return data, other

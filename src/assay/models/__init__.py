@@ -2,6 +2,6 @@
 
 from assay.models.bpda import BPDA
 from assay.models.door import Decision, Door, Gradient, Loss, Measure, Score, Slopes
-from assay.models.model import Live, Model
+from assay.models.model import Live, Model, as_model
 
-__all__ = ["BPDA", "Decision", "Door", "Gradient", "Live", "Loss", "Measure", "Model", "Score", "Slopes"]
+__all__ = ["BPDA", "Decision", "Door", "Gradient", "Live", "Loss", "Measure", "Model", "Score", "Slopes", "as_model"]

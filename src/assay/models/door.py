@@ -13,7 +13,8 @@ from torch import Tensor
 from assay.core.errors import AssayError, DataError, ModelError, ModelOutputError, NonFiniteError
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
-from assay.models.model import PAD, Live, Net, Smoothing
+from assay.models.loaded import Net
+from assay.models.model import PAD, Live, Smoothing
 from assay.threats.problem import Goal, Problem
 
 _SMOOTHING = 0x5300
@@ -153,6 +154,10 @@ class Door:
         """
         z = self._ask(self.live, x, rows, self.live.model.deciding)
         return z if goal is None else self.live.model.joint(z, goal)
+
+    def searched(self, x: Inputs, rows: Rows) -> Logits:
+        """Return the logits (b, c) of x (b, *f) as a search sees them: with repairs and faster layers."""
+        return self._ask(self.live.search, x, rows, self.live.model.samples)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
         can = self.affords(p.rows, 1, self.live.model.deciding)

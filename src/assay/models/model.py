@@ -1,22 +1,24 @@
 """A classifier with its box and its normalisation; in use it is frozen, afterwards it is as it was."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from dataclasses import dataclass, fields
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from assay.core.errors import ModelError, ModelOutputError
 from assay.core.types import Inputs, Logits
+from assay.data import Data
+from assay.data.fit import Fit
+from assay.models.bridges import bridged
+from assay.models.loaded import Loaded, Net
 from assay.models.patches import Patch, find_patches, patched
 from assay.models.repairs import Float64, Repair, opened
 from assay.models.repairs.float64 import log_of
 from assay.threats.problem import Goal
 from assay.threats.threat import Box
-
-Net: TypeAlias = Callable[[Tensor], Any]
 
 PAD = 8
 """Batches are filled up to a multiple of this many rows. CPU kernels treat the rows of a full block alike and those of
@@ -58,7 +60,8 @@ class Model:
 
     Args:
         net: a ``torch.nn.Module`` or any callable on tensors. It is never changed for good: while it is in use its
-            parameters are frozen and its submodules in eval mode, and afterwards everything is as it was.
+            parameters are frozen and its submodules in eval mode, and afterwards everything is as it was. Or a live
+            model of Keras, TensorFlow, JAX, scikit-learn, ONNX Runtime or fastai, which gets a bridge.
         box: the input domain before normalisation.
         mean, std: per channel (axis 1), applied inside: ``net((x - mean) / std)``.
         name: how reports call it.
@@ -73,6 +76,10 @@ class Model:
         tuned: while searching, layers may be replaced by faster ones that give the same values (``patches.py``).
         repairs: while searching, these stand in for steps that mask the gradient (``repairs``).
         smoothing: while searching, gradients are means over points around the one in question.
+        fit: how images get the size that the net takes, where that is known.
+        reference: what the net was converted from, asked for logits only; it must agree with it on the data.
+        class_names: what the outputs stand for, where that is known.
+        notes: what was changed or assumed to make a model of what the user has; a report shows them.
 
     Raises:
         ModelError: std not positive, only one of mean and std given, or fewer than one random pass.
@@ -93,8 +100,14 @@ class Model:
     tuned: bool = True
     repairs: tuple[Repair, ...] = ()
     smoothing: Smoothing | None = None
+    fit: Fit | None = None
+    reference: Net | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if (loaded := bridged(self.net)) is not None:
+            self._take(loaded)
         if not callable(self.net):
             raise ModelError("a torch.nn.Module or a callable", type(self.net).__name__, "Pass the network itself.")
         if not isinstance(self.box, Box):
@@ -108,6 +121,21 @@ class Model:
             raise ModelError("samples >= 1 and judged >= 0", found, "Leave them out for networks that are not random.")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.net, "__name__", type(self.net).__name__))
+
+    def _take(self, loaded: Loaded) -> None:
+        """Become what a bridge made, but for what the user said."""
+        kept = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for f in fields(loaded):
+            if f.name == "net" or f.name not in kept:
+                object.__setattr__(self, f.name, getattr(loaded, f.name))
+
+    def takes(self, data: Data) -> Data:
+        """Return data as this model takes it: images of its size, 8-bit values spread over its box.
+
+        Raises:
+            DataError: samples of another size that are no images.
+        """
+        return data.fitted(self.fit).scaled(self.domain.lo, self.domain.hi)
 
     @property
     def domain(self) -> Box:
@@ -219,6 +247,11 @@ class Model:
 
 
 _LEAST_PROBABILITY = 1e-300
+
+
+def as_model(model: Model | Net) -> Model:
+    """Return a model as it is, and a network as a model that takes inputs in [0, 1]."""
+    return model if isinstance(model, Model) else Model(model)
 
 
 @final

@@ -15,9 +15,10 @@ from assay.attacks.losses import cross_entropy
 from assay.core.errors import DataError, ModelError, ThreatError
 from assay.core.random import Draws
 from assay.core.types import Inputs, PerSample
-from assay.models import Door, Model
+from assay.models import Door, Model, as_model
 from assay.models.door import Gradient, Loss
-from assay.models.model import Live, Net
+from assay.models.loaded import Net
+from assay.models.model import Live
 from assay.models.repairs import Float64
 from assay.threats import Problem, Threat
 from assay.threats.threat import outside_box
@@ -59,11 +60,6 @@ class Linearity:
     error: float
     forwards: int
     backwards: int
-
-
-def as_model(net: Classifier) -> Model:
-    """Return a model as it is, and a network as a model that takes inputs in [0, 1]."""
-    return net if isinstance(net, Model) else Model(net)
 
 
 def pose_one(

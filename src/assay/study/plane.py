@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from assay.core.registry import UsageError
-from assay.models import Model
+from assay.models import Model, as_model
 from assay.models.door import default_batch
 from assay.reports.landscape import write_landscape
-from assay.study.curvature import Classifier, as_model
+from assay.study.curvature import Classifier
 
 MASKED: Final = 0.02
 """Share of points without any gradient from which gradients are called masked; on sound networks there is none."""

@@ -22,7 +22,7 @@ from assay.core.files import replacing
 from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Rows
 from assay.data import Data, load_data
-from assay.models import Model
+from assay.models import Model, as_model
 from assay.models.door import default_batch
 from assay.models.loaders import load_model
 from assay.reports.sparseness import write_sparseness
@@ -273,8 +273,8 @@ def sparseness(
         raise ThreatError("an eps, and a threat without targets", str(threat), "Write for example linf:0.03.")
     if bins < 1:
         raise UsageError("bins >= 1", f"{bins}", "Leave it out for 100.")
-    whole = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else Model(model)
-    samples = load_data(data, limit=limit).scaled(whole.domain.lo, whole.domain.hi)
+    whole = load_model(model) if isinstance(model, str) else as_model(model)
+    samples = whole.takes(load_data(data, limit=limit))
     runnable = get(attack) if isinstance(attack, str) else attack
     patterns = [p.strip() for p in layers.split(",")] if isinstance(layers, str) else layers
     work = _Work.begin(whole, samples, threat, runnable, patterns, seed, device, weight if adaptive else None)

@@ -19,6 +19,8 @@ class Box:
     hi: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("lo", "hi"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # (0, 1) is the box (0.0, 1.0)
         if not (math.isfinite(self.lo) and math.isfinite(self.hi) and self.lo < self.hi):
             raise ThreatError("a box (lo, hi) of finite numbers with lo < hi", f"({self.lo}, {self.hi})", "Swap them?")
 

@@ -8,8 +8,9 @@ from torch import nn
 from assay.core.errors import ModelError
 from assay.core.registry import closest
 from assay.models.demo import nets
+from assay.models.loaded import Loaded
 from assay.models.loaders import weights
-from assay.models.loaders.request import Loaded, Request
+from assay.models.loaders.request import Request
 
 NETS = dict.fromkeys(("mnist-plain", "mnist-robust", "mnist-certified"), nets.mnist_cnn)
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from assay.core.errors import ModelError
-from assay.models.loaders.request import Loaded, Request
+from assay.models.loaded import Loaded
+from assay.models.loaders.request import Request
 from assay.models.loaders.vetting import vet
 from assay.models.model import PAD
 

@@ -4,11 +4,13 @@ import importlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from assay.core.errors import ModelError
 from assay.core.files import check_readable
-from assay.models.loaders.request import Arch, Loaded, Request
+from assay.models.loaded import Loaded
+from assay.models.loaders.request import Arch, Request
 from assay.models.model import Model
 from assay.threats.threat import Box
 
@@ -16,19 +18,33 @@ from assay.threats.threat import Box
 # beside this one whose ``load(request)`` returns a Loaded or a Model. It is imported only when it is needed.
 FORMS: dict[str, str] = {
     ".ckpt": "pickled",
+    ".h5": "keras_file",
+    ".joblib": "estimator",
+    ".keras": "keras_file",
     ".onnx": "onnx",
+    ".pkl": "learner",
     ".pt": "pickled",
     ".pt2": "exported",
     ".pth": "pickled",
     ".safetensors": "tensors",
     ".th": "pickled",
+    ".torchscript": "torchscript",
+    ".ts": "torchscript",
+    "/": "saved_model",
     "demo:": "demo",
+    "hf:": "hugging_face",
+    "http:": "http",
+    "https:": "http",
+    "ort:": "onnx_runtime",
     "py:": "named",
+    "timm:": "timm_models",
+    "torchvision:": "torchvision_models",
 }
-LATER = (".keras", "timm:", "hf:")
 
 _FORMS_TEXT = (
-    "a model file (.onnx, .pt2, or weights in .safetensors, .pth, .pt, .th, .ckpt), py:module:callable, or demo:NAME"
+    "a model file (.onnx, .pt2, .keras, .torchscript, or weights in .safetensors, .pth, .pt, .th, .ckpt), "
+    "a SavedModel folder, ort:FILE.onnx, timm:NAME, hf:DIR_OR_NAME, torchvision:NAME, http://..., py:module:callable, "
+    "or demo:NAME"
 )
 
 
@@ -44,14 +60,17 @@ def load_model(
     """Load a model in any form that is understood.
 
     Args:
-        source: ``.onnx`` (needs the extra ``assay[onnx]``); ``.pt2`` (a program of ``torch.export``); weights as
-            ``.safetensors``, or as a state dict in ``.pth``, ``.pt``, ``.th`` or ``.ckpt``, with ``arch``;
-            ``py:module:callable`` that returns a network or a :class:`Model`; ``demo:mnist-plain``,
-            ``demo:mnist-robust``.
-        arch: builds the network that weights belong to: ``module:callable``, ``demo:NAME``, or the callable.
+        source: a file: ``.onnx``; ``.pt2`` (a program of ``torch.export``); ``.torchscript``, ``.ts``, or ``.pt`` of
+            TorchScript; weights as ``.safetensors``, or as a state dict in ``.pth``, ``.pt``, ``.th`` or ``.ckpt``,
+            with ``arch``; ``.keras``, ``.h5``, a SavedModel folder; ``.joblib``, ``.pkl``. Or a name:
+            ``ort:FILE.onnx`` (ONNX Runtime, without gradients), ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:DIR_OR_NAME``, ``py:module:callable`` that returns a network or a :class:`Model`, ``demo:NAME``.
+            Names of libraries may end in ``+download``, which fetches their weights, or in ``@FILE``, which has them.
+        arch: builds the network that weights belong to: ``module:callable``, ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:DIR``, ``demo:NAME``, or the callable.
         box: the input domain before normalisation.
-        mean: per channel, applied inside the model.
-        std: per channel, applied inside the model.
+        mean: per channel, applied inside the model; instead of what the file says.
+        std: per channel, applied inside the model; instead of what the file says.
         trust_pickle: unpickle the file, and load programs unchecked; both can run code from the file.
 
     Raises:
@@ -71,35 +90,24 @@ def load_model(
     if isinstance(loaded, Model):
         return _settled(loaded, source, box, mean, std)
     assert isinstance(loaded, Loaded)
-    return Model(
-        loaded.net,
-        box,
-        mean,
-        std,
-        name=rest.rpartition(":")[2] if form[-1] == ":" else Path(rest).stem,
-        rows=loaded.rows,
-        fixed_rows=loaded.fixed_rows,
-    )
+    said = {n: v for n, v in (("mean", mean), ("std", std)) if v is not None}
+    name = loaded.name or (rest.rpartition(":")[2] if form[-1] == ":" else Path(rest).stem)
+    return Model(box=box, **{f.name: getattr(loaded, f.name) for f in fields(loaded)} | said | {"name": name})
 
 
 def _form(source: str) -> tuple[str, str]:
     """Return the key of the table for a source, and the text after the scheme or the path."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source)
     key = scheme[0] if scheme else Path(source).suffix.lower()
-    if key in LATER:
-        raise ModelError(
-            _FORMS_TEXT,
-            f"{source!r}: {key} is not understood yet",
-            "Name a function that builds the network as py:module:callable, or save it with torch.export.",
-        )
     if scheme and key in FORMS:
         return key, source[scheme.end() :]
     path = Path(source)
     if not path.exists():
         raise ModelError(f"a model: {_FORMS_TEXT}", f"no file {source!r}", "Check the path.")
-    if path.is_dir() or key not in FORMS:
-        what = "folder" if path.is_dir() else "file"
-        raise ModelError(_FORMS_TEXT, f"the {what} {source!r}", "Save the model in one of these forms.")
+    if path.is_dir():
+        return "/", source
+    if key not in FORMS:
+        raise ModelError(_FORMS_TEXT, f"the file {source!r}", "Save the model in one of these forms.")
     check_readable(path, ModelError, "a model file", "Save or copy it anew.")
     return key, source
 

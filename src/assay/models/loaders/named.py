@@ -2,7 +2,8 @@
 
 from assay.core.errors import ModelError
 from assay.core.named import call_named
-from assay.models.loaders.request import Loaded, Request
+from assay.models.loaded import Loaded
+from assay.models.loaders.request import Request
 from assay.models.model import Model
 
 

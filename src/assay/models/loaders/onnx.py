@@ -5,25 +5,28 @@ them (:mod:`assay.models.loaders.onnx_graph`). The converters are onnx2torch, wh
 follow, and onnx2pytorch for what it cannot convert.
 """
 
-import hashlib
+import copy
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from assay.core.errors import MissingExtraError, ModelError
+from assay.core.optional import need
 from assay.core.random import Draws
-from assay.models.loaders.request import Loaded, Request
+from assay.models.bridges.layout import Layout
+from assay.models.bridges.onnxruntime import Runtime, digest, fit_of, network, sized
+from assay.models.loaded import Loaded
+from assay.models.loaders.request import Request
 from assay.models.model import PAD
+
+__all__ = ["TOLERANCE", "Converted", "Runtime", "blamed", "load"]
 
 TOLERANCE: Final = 1e-4
 """The most that logits may differ from those of ONNX Runtime, relative to the largest of them (at least 1)."""
@@ -48,115 +51,92 @@ def load(r: Request) -> Loaded:
     from assay.models.loaders import onnx_graph as graphs
 
     model = graphs.read(r.path)
-    reference = Runtime.open(r.path)
-    digest = hashlib.sha256(r.path.read_bytes()).hexdigest()
+    reference, mark = Runtime.open(r.path), digest(r.path)
     fixed = reference.rows
     failures: list[str] = []
     for rows in (None,) if fixed is None else (None, fixed):
-        free = rows is None and fixed == 1 and reference.batched
+        source = _source(model, r.path, free=rows is None and fixed == 1 and reference.batched)
         for name, convert in converters.items():
             try:
-                source = graphs.neutral(model)
-                net = Converted(convert(graphs.freed(source) if free else source), digest)
+                net = Converted(convert(source), mark)
+            except Exception as e:  # converters raise anything
+                failures.append(f"{name}: {_said(e)}, at the operator {blamed(source, convert)}")
+                continue
+            try:
                 gap = _gap(net, reference, _BATCHES if rows is None else (rows,))
-            except Exception as e:  # converters, and what they make, raise anything
-                failures.append(f"{name}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+            except Exception as e:  # and so do the networks that they make
+                failures.append(f"{name}: {_said(e)}, when the network was asked")
                 continue
             if gap <= TOLERANCE:
-                return Loaded(net, rows, rows is not None)
+                return _loaded(net, rows, reference, name, gap)
             failures.append(f"{name}: the outputs differ from those of ONNX Runtime by {gap:.2g} of their size")
     raise ModelError(
         f"a network that can be converted to within {TOLERANCE:g} of what ONNX Runtime computes",
         f"{r.path}: {'; '.join(dict.fromkeys(failures))}",
-        "Export it anew (opset 17 or 20), or save it with torch.export as .pt2.",
+        f"Go on by scores, without gradients: ort:{r.path}. Or export it anew (opset 17 or 20), or save it with "
+        "torch.export as .pt2.",
     )
+
+
+def _source(model: Any, path: Path, *, free: bool) -> Any:
+    """Return the graph as converters take it; ``free`` opens a batch axis of one row."""
+    from assay.models.loaders import onnx_graph as graphs
+
+    try:
+        source = graphs.neutral(model)
+        return graphs.freed(source) if free else source
+    except Exception as e:  # a graph of hostile bytes may raise anything
+        raise ModelError("a readable .onnx file", f"{path}: {_said(e)}", "Export or copy it anew.") from e
+
+
+def _loaded(net: "Converted", rows: int | None, reference: Runtime, name: str, gap: float) -> Loaded:
+    net.layout, fit = Layout(reference.shape), fit_of(reference.shape)
+    note = (
+        f"Converted from ONNX by {name}; on random inputs its outputs differ from those of ONNX Runtime by at most "
+        f"{gap:.1e} of the largest one."
+    )
+    judge = network(reference, net.digest)
+    return Loaded(net, rows, rows is not None, fit=fit, reference=judge, notes=(note, *sized(fit)))
+
+
+def blamed(model: Any, convert: Callable[[Any], nn.Module]) -> str:
+    """Return the first operator of a graph up to which it cannot be converted; the last one, if none is found.
+
+    Bisection: the part of a graph before a node can be converted, or else that before no later node can.
+    """
+    nodes = model.graph.node
+    low, high = 0, len(nodes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        part = copy.deepcopy(model)
+        del part.graph.node[middle:]
+        del part.graph.output[1:]
+        part.graph.output[0].name = part.graph.node[-1].output[0]
+        part.graph.output[0].type.tensor_type.ClearField("shape")
+        try:
+            convert(part)
+            low = middle
+        except Exception:
+            high = middle
+    return str(nodes[high - 1].op_type) if len(nodes) else "none"
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 @final
 class Converted(nn.Module):
-    """A converted network; ``digest`` is the SHA-256 of its file, and part of its fingerprint."""
+    """A converted network; ``digest`` is the SHA-256 of its file, ``layout`` what it takes a sample as."""
 
     def __init__(self, net: nn.Module, digest: str) -> None:
         super().__init__()
         self.net, self.digest = net.eval(), digest
+        self.layout = Layout()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
+        out: Tensor = self.net(self.layout(x))
         return out
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """An ONNX file as ONNX Runtime runs it, on the CPU in one thread: what any conversion is judged by.
-
-    Attributes:
-        session: the ``onnxruntime.InferenceSession``.
-        shape: of one sample, without the batch axis.
-        rows: how many rows a call takes; None for any number.
-        batched: False where the file has no batch axis at all, and is called once a sample.
-    """
-
-    session: Any
-    shape: tuple[int, ...]
-    rows: int | None = None
-    batched: bool = True
-
-    @classmethod
-    def open(cls, path: Path | str) -> "Runtime":
-        """Open a file.
-
-        Raises:
-            MissingExtraError: ONNX Runtime is not installed.
-            ModelError: it cannot run the file, or the file has other than one float32 input and one output.
-        """
-        try:
-            import onnxruntime
-        except ImportError as e:
-            raise _missing(e) from e
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what is wrong is raised
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as e:
-            raise ModelError(
-                "a readable .onnx file that ONNX Runtime can run",
-                f"{path}: {(str(e).splitlines() or [''])[0]}",
-                "Export or copy it anew.",
-            ) from e
-        return cls(session, *_signature(session, path))
-
-    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the outputs (b, *out) for inputs (b, *shape), whatever number of rows the file takes."""
-        block = self.rows or len(x)
-        short = -len(x) % block
-        filled = np.concatenate([x, np.repeat(x[-1:], short, 0)]) if short else x
-        parts = [self._run(filled[i : i + block]) for i in range(0, len(filled), block)]
-        return np.concatenate(parts)[: len(x)]
-
-    def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        name = self.session.get_inputs()[0].name
-        out: NDArray[np.float32] = self.session.run(None, {name: x if self.batched else x[0]})[0]
-        return out if self.batched else out[None]
-
-
-def _signature(session: Any, path: Path | str) -> tuple[tuple[int, ...], int | None, bool]:
-    """Return the shape of a sample, the rows of a call, and whether there is a batch axis."""
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    shape = inputs[0].shape if inputs else []
-    batched = len(shape) > 1
-    sample = shape[1:] if batched else shape
-    good = len(inputs) == len(outputs) == 1 and inputs[0].type == "tensor(float)" and len(shape) > 0
-    if not good or not all(isinstance(v, int) for v in sample):
-        shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        raise ModelError(
-            "a network of one float32 input (b, *shape), all known but b, and one output",
-            f"inputs {shown or 'none'} and {len(outputs)} outputs in {path}",
-            "Export a module whose forward takes the samples only and returns the logits only.",
-        )
-    rows = shape[0] if batched else 1
-    return tuple(sample), rows if isinstance(rows, int) else None, batched
 
 
 def _gap(net: nn.Module, reference: Runtime, batches: tuple[int, ...]) -> float:
@@ -210,15 +190,15 @@ def _missing(e: ImportError) -> MissingExtraError:
 def _torchvision() -> Iterator[None]:
     """Let the converters import torchvision where it cannot be imported.
 
-    They need it for the operators of detectors only, which are not on our list. And where torch has no CUDA while
-    torchvision was built with it, importing it fails. So stand-ins are put in its place, until the import is done.
+    They need it for the operators of detectors only, which are not on our list. So stand-ins are put in its place,
+    until the import is done.
     """
     if {"onnx2torch", "onnx2pytorch"} <= sys.modules.keys():
         yield
         return
     try:
-        import torchvision  # noqa: F401
-    except Exception:  # ImportError where it is missing, RuntimeError where it does not fit torch
+        need("torchvision", "onnx")
+    except MissingExtraError:  # or it does not fit torch
         stands = {n: _StandIn(n) for n in ("torchvision", "torchvision.ops", "torchvision.io")}
         sys.modules.update(stands)
         try:

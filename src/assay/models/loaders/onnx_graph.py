@@ -19,16 +19,22 @@ from torch import fx
 from assay.core.errors import ModelError
 
 _NAMES: Final = """
-Abs Add AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose
-Cos Div Dropout Elu Equal Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool
-Greater HardSigmoid HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu Less Log
-LogSoftmax MatMul Max MaxPool Min Mul Neg Not PRelu Pad Pow Range Reciprocal ReduceL1 ReduceL2 ReduceMax
-ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Selu Shape Sigmoid Sign Sin
+Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose
+Cos DepthToSpace Div Dropout Elu Equal Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool
+GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization LRN
+LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Mean Min Mod Mul Neg Not Or
+PRelu Pad Pow Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Relu Reshape Resize Round Selu Shape Sigmoid Sign Sin
 Slice Softmax Softplus Softsign Split Sqrt Squeeze Sub Sum Tan Tanh Tile Transpose Unsqueeze Where
 """
 
 OPERATORS: Final = frozenset(_NAMES.split())
 """The operators that are converted. The list is closed because a converter may look up any other name in torch."""
+
+CONSTANT: Final = frozenset(
+    ("CumSum", "EyeLike", "GatherElements", "GatherND", "NonZero", "OneHot", "ScatterElements", "ScatterND", "Trilu")
+)
+"""Operators that may stand where they depend on constants only, such as tables of relative positions."""
 
 OPSETS: Final = (9, 17)
 """The oldest and the newest opset whose operators onnx2torch knows."""
@@ -46,14 +52,22 @@ def read(path: Path) -> Any:
         said = str(e).strip().splitlines() or [""]
         found = f"{path}: {type(e).__name__}: {said[0]}"
         raise ModelError("a readable .onnx file", found, "Export or copy it anew.") from e
-    foreign = {n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}.{n.op_type}" for n in model.graph.node}
-    if unknown := sorted(foreign - OPERATORS):
+    unknown = _kinds(model) - OPERATORS
+    if unknown and unknown <= CONSTANT:
+        unknown = _kinds(_folded(model)) - OPERATORS
+    if unknown:
         raise ModelError(
             "operators of a classifier that can be converted",
-            f"{', '.join(unknown)} in {path}",
-            "Export the network without them, or save it with torch.export as .pt2.",
+            f"{', '.join(sorted(unknown))} in {path}",
+            f"Go on by scores, without gradients: ort:{path}. Or export the network without them, or save it with "
+            "torch.export as .pt2.",
         )
     return model
+
+
+def _kinds(model: Any) -> set[str]:
+    """Return the operators of a graph, those of other domains with the domain."""
+    return {n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}.{n.op_type}" for n in model.graph.node}
 
 
 def neutral(model: Any) -> Any:

@@ -12,26 +12,34 @@ import torch
 from torch import nn
 
 from assay.core.errors import ModelError
-from assay.models.loaders import weights
-from assay.models.loaders.request import Loaded, Request
+from assay.models.loaded import Loaded
+from assay.models.loaders import torchscript, weights
+from assay.models.loaders.request import Request
 
 
 def load(r: Request) -> Loaded:
-    """Load weights into the architecture; from a trusted file also a whole pickled network.
+    """Load weights into the architecture; from a trusted file also a whole pickled network, or a TorchScript program.
 
     Raises:
         ModelError: a damaged file, one that would run code, no architecture, or weights of another one.
     """
-    found = _read(r)
+    if torchscript.is_script(r.path):
+        return torchscript.load(r)
+    found = read(r)
     for net in (found, *(found.get(n) for n in weights.CONTAINERS if isinstance(found, Mapping))):
         if isinstance(net, nn.Module):
             return Loaded(net)
     if not isinstance(found, Mapping):
         raise ModelError("a state dict, or a network", f"{type(found).__name__} in {r.path}", "Save net.state_dict().")
-    return Loaded(weights.fit(weights.build(r.arch, r.source), found, r.source))
+    return Loaded(weights.fit(weights.build(r.arch, r.source, found), found, r.source))
 
 
-def _read(r: Request) -> Any:
+def read(r: Request) -> Any:
+    """Return what ``torch.save`` wrote.
+
+    Raises:
+        ModelError: a damaged file, or one that would run code and is not trusted.
+    """
     safe = not r.trust_pickle
     try:
         with warnings.catch_warnings():
@@ -56,12 +64,6 @@ def refusal(e: Exception, where: str, uses: str = "") -> ModelError | None:
 
 
 def _unreadable(e: Exception, r: Request) -> ModelError:
-    if "TorchScript" in str(e):
-        return ModelError(
-            "weights, or a program of torch.export",
-            f"a TorchScript archive, {r.path}",
-            "Save the network with torch.export.save as .pt2, or its state_dict().",
-        )
     # Torch stops at the first instruction that weights do not have, before it sees what is called.
     other = refusal(e, str(r.path), "more than torch.save needs for weights") if _is_pickle(r.path) else None
     return other or ModelError(

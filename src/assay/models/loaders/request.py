@@ -1,4 +1,4 @@
-"""What a loader is asked, and what it answers."""
+"""What a loader is asked; what it answers is a :class:`Loaded` or a :class:`Model`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TypeAlias, final
 
 from torch import nn
-
-from assay.models.model import Net
 
 Arch: TypeAlias = str | Callable[[], nn.Module]
 """``module:callable``, ``demo:NAME``, or the callable itself: without arguments it builds a network."""
@@ -26,13 +24,3 @@ class Request:
     @property
     def path(self) -> Path:
         return Path(self.rest)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A network, and how many rows a call of it may have, as :class:`assay.Model` takes them."""
-
-    net: Net
-    rows: int | None = None
-    fixed_rows: bool = False

@@ -1,5 +1,6 @@
 """Architectures, and the weights that belong to them."""
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,16 @@ _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 _SHOWN = 3
 
 
-def build(arch: Arch | None, source: str) -> nn.Module:
-    """Build the network that the weights in ``source`` belong to.
+LIBRARIES = {
+    "hf": "hugging_face",
+    "timm": "timm_models",
+    "torchvision": "torchvision_models",
+}
+"""From ``NAME:`` before an architecture to the module beside this one whose ``untrained(name, state)`` builds it."""
+
+
+def build(arch: Arch | None, source: str, state: Mapping[str, Any]) -> nn.Module:
+    """Build the network that the weights ``state`` in ``source`` belong to.
 
     Raises:
         ModelError: no architecture given, or one that cannot be imported, raises, or is no network.
@@ -35,6 +44,11 @@ def build(arch: Arch | None, source: str) -> nn.Module:
         from assay.models.loaders.demo import untrained
 
         return untrained(arch.removeprefix("demo:"))
+    library, _, rest = arch.partition(":") if isinstance(arch, str) else ("", "", "")
+    if library in LIBRARIES:
+        module = importlib.import_module(f"assay.models.loaders.{LIBRARIES[library]}")
+        net: nn.Module = module.untrained(rest, state)
+        return net
     what = f"the architecture of {source}"
     name = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
     net = call_named(arch, ModelError, what) if isinstance(arch, str) else call(arch, name, ModelError, what)
@@ -54,7 +68,7 @@ def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
     """
     # Counters of BatchNorm are younger than many files, and torch fills them in by itself.
     wanted = {k: v for k, v in net.state_dict().items() if not k.endswith(".num_batches_tracked")}
-    state = max(_states(found), key=lambda s: (_names(s) == wanted.keys(), len(s.keys() & wanted.keys())))
+    state = _best(found, wanted)
     if differences := _differences(wanted, state):
         raise ModelError(
             f"the weights of {type(net).__name__} ({len(wanted)} tensors)",
@@ -66,6 +80,24 @@ def fit(net: nn.Module, found: Mapping[str, Any], source: str) -> nn.Module:
     except (RuntimeError, TypeError) as e:
         raise ModelError(f"the weights of {type(net).__name__}", f"{source}: {e}", "Give the right --arch.") from e
     return net.eval()
+
+
+def classes(net: nn.Module, found: Mapping[str, Any]) -> int | None:
+    """Return how many classes weights have, by the last tensor of ``net``, which is that of its head; None if unclear.
+
+    Networks of libraries are built for a number of classes, which is what people change before they train them.
+    """
+    wanted = net.state_dict()
+    last = [*wanted][-1]
+    mine, theirs = wanted[last], _best(found, wanted).get(last)
+    if not isinstance(theirs, Tensor) or theirs.ndim < 1 or theirs.shape[1:] != mine.shape[1:]:
+        return None
+    return len(theirs)
+
+
+def _best(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a file is most likely the state dict."""
+    return max(_states(found), key=lambda s: (_names(s) == wanted.keys(), len(s.keys() & wanted.keys())))
 
 
 def _states(found: Any, depth: int = 2) -> Iterator[dict[str, Any]]:
