@@ -2,7 +2,7 @@
 
     python benchmarks/sparseness.py --small                                     minutes on a core
     python benchmarks/sparseness.py --device cuda --train train.npz             as published, as far as that is known
-    python benchmarks/sparseness.py --small --write docs/studies/sparseness.md  and the page about it
+    python benchmarks/sparseness.py --small --write docs/studies/sparseness.md  and the page about it, with its figures
 
 Both networks are defined here as torchvision defines them, for 10 classes, and trained from the start on MNIST, in
 three equal channels, resized bilinearly to the input of the network (224 pixels). Then each test image is attacked by
@@ -15,6 +15,9 @@ to 1x1 instead of 6x6 (they are 1x1 at that size) and has hidden layers of 1,024
 of the channels, pools to 2x2 instead of 7x7 (they are 2x2), and has hidden layers of 1,024. Kernels, strides and the
 number of layers are the same. The attack that knows of the index takes 40 steps where FGSM takes one, so it sees fewer
 images.
+
+The figures need matplotlib, which nothing else here does (pip install matplotlib). ``--again`` draws and writes what is
+in ``--out`` without training anything.
 """
 
 import argparse
@@ -214,8 +217,8 @@ def verdicts(found: dict[str, Found]) -> Iterator[str]:
             )
 
 
-def page(found: dict[str, Found], hidden: dict[str, Found], how: str) -> Iterator[str]:
-    """Yield the lines of the page about the study."""
+def page(found: dict[str, Found], hidden: dict[str, Found], how: str, stem: str = "") -> Iterator[str]:
+    """Yield the lines of the page about the study; with a stem, those of its figures are among them."""
     yield "# Sparseness of AlexNet and VGG11 under FGSM\n"
     yield f"{BEFORE.format(how=how)}"
     for name, one in found.items():
@@ -227,13 +230,21 @@ def page(found: dict[str, Found], hidden: dict[str, Found], how: str) -> Iterato
         yield f"attack that knows of the index, which fools {fooled(hidden[name], 'adaptive')}.\n"
         yield from table(name, one, hidden[name])
         yield ""
+        if stem:
+            yield f"![Histograms and classes of {name}]({drawing(stem, name)})\n"
+            yield f"{CAPTION.format(name=name)}\n"
     yield "## The claims\n"
     yield from (f"- {line}" for line in verdicts(found))
 
 
+CAPTION = """\
+{name}, layer by layer: above, how many of the images have which index, with the published peaks as dashed lines;
+below, each digit's index (of its mean responses) and accuracy, and Spearman's correlation of the two, clean and
+attacked. Every panel has an axis of its own."""
+
 BEFORE = """\
-Written by `python benchmarks/sparseness.py {how}`, whose docstring says what the networks are, and what the small
-version has less of. The claims are those of a published measurement of both networks.
+Written by `python benchmarks/sparseness.py {how}`, whose docstring says what the networks
+are, and what the small version has less of. The claims are those of a published measurement of both networks.
 
 *Peak* is the middle of the fullest bin of 1 % (the published bins are not known), *mean* that over samples, both in
 per cent. *Effect* is the rank-biserial correlation of clean and attacked pairs, 0 where Wilcoxon's test gives p > 0.01.
@@ -246,6 +257,78 @@ Absolute values cannot be compared, for the published weights are not known; onl
 them can be. These are one training of each network, and ten classes: what does not hold here may hold for others.
 
 """
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+
+COLOURS = {"clean": "#0b6b63", "attacked": "#c2571a"}
+
+
+def drawing(stem: str, name: str) -> str:
+    """Return the name of the file with the figure of a network, beside the page ``stem``.md."""
+    return f"{stem}-{name.lower()}.png"
+
+
+def publish(path: Path, text: str, found: dict[str, Found]) -> None:
+    """Write the page, and its figures beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    for name, one in found.items():
+        draw(name, one, path.with_name(drawing(path.stem, name)))
+
+
+def draw(name: str, found: Found, path: Path) -> None:
+    """Draw the histograms of the index and the classes' index and accuracy, a column a layer, in two rows of layers."""
+    from matplotlib import pyplot, rcParams
+
+    rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
+    layers, columns = found["layers"], -(-len(found["layers"]) // 2)
+    figure, grid = pyplot.subplots(4, columns, figsize=(9.5, 7.4), layout="constrained", squeeze=False)
+    for ax in grid.flat:
+        ax.set_axis_off()
+    for i, layer in enumerate(layers):
+        above, below = (grid[2 * (i // columns) + k, i % columns] for k in (0, 1))
+        histograms(above, layer, {side: PUBLISHED[name][side][i] for side in SIDES})
+        classes(below, layer, found["class_accuracy"])
+    for row in (0, 2):
+        grid[row, 0].set_ylabel("images, %")
+        grid[row + 1, 0].set_ylabel("accuracy of class, %")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def histograms(ax: Any, layer: Found, peaks: dict[str, float]) -> None:
+    """Draw the share of images by index, clean and attacked, and the published peaks; the axis spans both."""
+    ax.set_axis_on()
+    seen = list(peaks.values())
+    for side, fill in zip(SIDES, (True, False), strict=True):
+        counts = layer["sides"][side]["counts"]
+        edges = [100 * i / len(counts) for i in range(len(counts) + 1)]
+        shares = [100 * n / max(1, sum(counts)) for n in counts]
+        ax.stairs(shares, edges, fill=fill, alpha=0.5 if fill else 1, color=COLOURS[side], label=f"{side}, measured")
+        seen += [edge for n, *ends in zip(counts, edges, edges[1:], strict=False) if n for edge in ends]
+    for side in SIDES:
+        ax.axvline(peaks[side], color=COLOURS[side], dashes=(3, 2), lw=1.2, label=f"{side}, published peak")
+    ax.set(xlim=(max(0, min(seen) - 3), min(100.5, max(seen) + 3)), title=layer["name"], xlabel="index, %")
+
+
+def classes(ax: Any, layer: Found, accuracy: dict[str, list[float]]) -> None:
+    """Draw each class at its index and its accuracy, clean and attacked, with Spearman's correlations."""
+    ax.set_axis_on()
+    for side in SIDES:
+        at = zip(layer["sides"][side]["of_means"], accuracy[side], strict=True)
+        for k, (index, right) in enumerate(at):
+            if index is None or right is None:  # no image of the class, or no answer to any
+                continue
+            ax.plot(100 * index, 100 * right, marker=f"${k}$", ms=5.5, mew=0.3, ls="", color=COLOURS[side])
+    known = [layer["relations"][side] for side in SIDES]
+    rhos = ", ".join("none" if r is None else f"{r['rho']:+.2f}" for r in known)
+    least = 100 * min(v for values in accuracy.values() for v in values if v is not None)
+    ax.set(ylim=(10 * (least // 10) - 3, 103), xlabel="index of class, %")
+    ax.set_title(f"Spearman {rhos}", fontsize=7.5)
+    ax.margins(x=0.12)
 
 
 def samples(o: argparse.Namespace, size: Size) -> tuple[Data, Data]:
@@ -270,11 +353,13 @@ def main() -> None:
     parser.add_argument("--adaptive", type=int, default=50, help="images for the attack that knows of the index")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for all figures, and their pages")
-    parser.add_argument("--write", type=Path, help="file for the page on both")
+    parser.add_argument("--write", type=Path, help="file for the page on both, with figures beside it")
     parser.add_argument("--again", action="store_true", help="only write the page, from the figures in --out")
     o = parser.parse_args()
     torch.set_num_threads(1)
     size, nets = SMALL if o.small else FULL, o.only.split(",")
+    if o.write:
+        import matplotlib.pyplot  # noqa: F401 - rather missing now than after minutes of training
     if not o.again:
         learn, test = samples(o, size)
         for name in nets:
@@ -283,11 +368,12 @@ def main() -> None:
         {name: json.loads((o.out / f"{name}{part}" / "sparseness.json").read_text()) for name in nets}
         for part in ("", "-adaptive")
     )
-    text = "\n".join(page(found, hidden, "--small" if o.small else "--device cuda --train train.npz")) + "\n"
+    how, stem = "--small" if o.small else "--device cuda --train train.npz", o.write.stem if o.write else ""
+    how += f" --write {stem}.md" if stem else ""
+    text = "\n".join(page(found, hidden, how, stem)) + "\n"
     print(text)
     if o.write:
-        o.write.parent.mkdir(parents=True, exist_ok=True)
-        o.write.write_text(text, encoding="utf-8")
+        publish(o.write, text, found)
 
 
 if __name__ == "__main__":

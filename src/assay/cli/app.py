@@ -16,6 +16,7 @@ from assay.cli.evaluate import evaluate
 from assay.cli.harden import harden
 from assay.cli.options import INTERRUPTED
 from assay.cli.report import report
+from assay.cli.serve import serve
 from assay.cli.study import study
 
 _HELP = """
@@ -28,13 +29,16 @@ what it can, keeps the results in a folder that survives any interruption, and w
   assay demo                                                        see it work, in a minute
   assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3     the same by hand
   assay certify demo:mnist-robust demo:mnist --threat linf:0.1      prove it
+  assay serve                                                       browse all that, in a browser
   assay harden py:assay.nets:mnist_small train.npz --recipe mnist-0.3 --out hardened.safetensors
   assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
 
-[bold]MODEL[/bold]   .pt2 (torch.export) | .safetensors or .pth weights with --arch module:callable | py:module:callable
-        .onnx (with the onnx extra) | demo:mnist-plain | demo:mnist-robust | demo:mnist-certified
-[bold]DATA[/bold]    a folder of class folders | .npz with x and y | .parquet with image and label | py:module:callable
-        demo:mnist
+[bold]MODEL[/bold]   .pt2, .onnx, .keras, a SavedModel folder | .safetensors or .pth weights with --arch module:callable
+        timm:NAME, torchvision:NAME, hf:DIR_OR_NAME (NAME+download, NAME@WEIGHTS) | py:module:callable
+        by scores alone: ort:FILE.onnx, http://... | .torchscript, .pkl, .joblib with --trust-pickle
+        demo:mnist-plain | demo:mnist-robust | demo:mnist-certified
+[bold]DATA[/bold]    a folder of class folders | .npz with x and y | .parquet with image and label | .tar shards
+        hf:DIR | py:module:callable | demo:mnist
 [bold]THREAT[/bold]  norm:eps, eps in units of the input box before normalisation: linf:8/255, l2:0.5, l1:10
 
 [bold]Exit codes[/bold]  0 done, 1 a gate did not hold, 2 usage, 3 bad input, 4 the model misbehaved, 130 interrupted
@@ -50,7 +54,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for command in (evaluate, attack, certify, harden, compare, report, demo, doctor):
+for command in (evaluate, attack, certify, harden, compare, report, serve, demo, doctor):
     app.command()(command)
 app.add_typer(study)
 

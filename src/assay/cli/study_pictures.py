@@ -1,4 +1,4 @@
-"""``assay study landscape`` and ``assay study walk``: pictures of why a network fails, with their numbers."""
+"""``assay study landscape``, ``walk`` and ``attribution``: pictures of why a network fails, with their numbers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from assay.data import Data
     from assay.models import Model
+    from assay.study.attribution import Attribution
     from assay.study.plane import Landscape
     from assay.study.walk import Distances, Walk
 
@@ -39,6 +40,20 @@ Gif = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the ascent
 Matrix = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Distances between all classes too, over the first N samples.")
 ]
+ThreatOpt = Annotated[str, typer.Option("--threat", metavar="NORM:EPS", help="What the attack may do.")]
+AttackName = Annotated[str, typer.Option(metavar="NAME", help="Any attack by name.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the attack, e.g. steps=200.")
+]
+Some = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Use only the first N samples of DATA.")]
+Method = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="integrated-gradients or saliency; both, if not given.")
+]
+Baseline = Annotated[
+    float | None, typer.Option(help="Where integrated gradients start; by default the least value of the box.")
+]
+Points = Annotated[int, typer.Option("--steps", min=1, help="Steps of integrated gradients.")]
+Shown = Annotated[int, typer.Option(min=0, metavar="N", help="How many samples the page shows.")]
 
 
 @o.told
@@ -61,6 +76,7 @@ def landscape(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     seed: o.Seed = 0,
     device: o.Device = None,
     as_json: o.Json = False,
@@ -78,7 +94,7 @@ def landscape(
         raise UsageError("--threat", "none", "Write --threat linf:0.3; or --weights.")
     place = o.device_of(device)
     nets = [o.model_of(m, arch, box, mean, std, trust_pickle=trust_pickle) for m in (model, *(against or []))]
-    known = _data(data, nets[0], samples if weights else index + 1, trust_pickle=trust_pickle)
+    known = _data(data, size, nets[0], samples if weights else index + 1, trust_pickle=trust_pickle)
     if weights:
         x = known.batch(range(len(known)))
         found = weight_landscape(nets, x, known.labels, span or 1.0, steps or 21, seed, device=place)
@@ -110,6 +126,7 @@ def walk(
     mean: o.Mean = None,
     std: o.Std = None,
     trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
     seed: o.Seed = 0,
     device: o.Device = None,
     as_json: o.Json = False,
@@ -125,7 +142,7 @@ def walk(
 
     place = o.device_of(device)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    known = _data(data, net, max(index + 1, matrix or 0), trust_pickle=trust_pickle)
+    known = _data(data, size, net, max(index + 1, matrix or 0), trust_pickle=trust_pickle)
     x, label = _sample(known, index)
     wanted = None if target is None else _class(target, known)
     found = go(net, x, label, norm, attack, steps, seed, index=index, target=wanted, device=place)
@@ -140,10 +157,75 @@ def walk(
     _show_walk(found, known, table, [page, film], quiet=quiet)
 
 
-def _data(data: str, model: "Model", least: int, *, trust_pickle: bool) -> "Data":
-    from assay.data import load_data
+@o.told
+def attribution(
+    model: o.ModelArg,
+    data: o.DataArg,
+    threat: ThreatOpt,
+    attack: AttackName = "pgd",
+    set_: Set = None,
+    method: Method = None,
+    baseline: Baseline = None,
+    steps: Points = 50,
+    shown: Shown = 8,
+    limit: Some = 8,
+    out: o.Out = None,
+    arch: o.Arch = None,
+    box: o.BoxOpt = (0.0, 1.0),
+    mean: o.Mean = None,
+    std: o.Std = None,
+    trust_pickle: o.TrustPickle = False,
+    size: o.Size = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    batch_size: o.BatchSize = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show which pixels the answers go back to, clean and attacked: saliency and integrated gradients, by captum.
 
-    return load_data(data, limit=least, trust_pickle=trust_pickle).scaled(model.domain.lo, model.domain.hi)
+    assay study attribution demo:mnist-plain demo:mnist --threat linf:0.1 --attack pgd --limit 8 --out attribution
+    """
+    from assay.attacks import get
+    from assay.study.attribution import METHODS
+    from assay.study.attribution import attribution as measure
+
+    place = o.device_of(device)
+    net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    known = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
+    methods = method or METHODS
+    parts: dict[str, Any] = {"baseline": baseline, "steps": steps, "shown": shown, "batch_size": batch_size}
+    found = measure(
+        net, known, threat, get(attack, **o.parameters(set_ or [])), methods, seed=seed, device=place, **parts
+    )
+    settings = [
+        model,
+        data,
+        threat,
+        "attribution",
+        attack,
+        set_,
+        methods,
+        seed,
+        limit,
+        arch,
+        box,
+        mean,
+        std,
+        parts,
+        size,
+    ]
+    folder = found.save(out or o.run_folder(*settings), o.command_line())
+    page = str(folder / "attribution.html")
+    if as_json:
+        o.emit(found.to_json() | {"run": str(folder), "page": page})
+        return
+    _show_attribution(found, page, quiet=quiet)
+
+
+def _data(data: str, size: str | None, model: "Model", least: int, *, trust_pickle: bool) -> "Data":
+
+    return model.takes(o.data_of(data, size, limit=least, trust_pickle=trust_pickle))
 
 
 def _sample(data: "Data", index: int) -> tuple["Tensor", int]:
@@ -212,6 +294,29 @@ def _show_walk(found: "Walk", data: "Data", table: "Distances | None", files: li
         if table is not None:
             console.print(f"{percent(table.found)} of the searches between classes succeeded; the page has the matrix.")
     _show_files(files)
+
+
+def _show_attribution(found: "Attribution", page: str, *, quiet: bool) -> None:
+    from assay.reports.attribution import headline
+    from assay.reports.text import DASH
+
+    typer.echo(headline(found))
+    if not quiet:
+        table = Table(box=None, pad_edge=False)
+        for column in ("method", "samples", "label:\nattacked", "\nrandom", "rival:\nattacked", "\nrandom"):
+            table.add_column(column, justify="left" if column in ("method", "samples") else "right")
+        for method in found.methods:
+            for name, fooled in (("fooled", True), ("held", False)):
+                places = [(row, column) for row in (0, 1) for column in (0, 1)]
+                known = [found.quantiles(method, "rank", at, fooled=fooled) for at in places]
+                if any(known):
+                    table.add_row(method, name, *(DASH if q is None else f"{q[1]:.2f}" for q in known))
+        console = Console(highlight=False)
+        console.print(table)
+        console.print(
+            "Medians of the rank correlation with the clean map: after the attack, and after a random change."
+        )
+    _show_files([page])
 
 
 def _show_files(files: list[str | None]) -> None:

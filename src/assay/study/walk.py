@@ -1,6 +1,6 @@
 """The walk to the decision boundary: what would have to change before the model calls a sample something else."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -14,10 +14,10 @@ from assay.attacks.attack import Result, Runnable
 from assay.core.registry import UsageError
 from assay.core.types import Inputs
 from assay.data import Data
-from assay.models import Door, Model
+from assay.models import Door, Model, as_model
 from assay.models.door import default_batch
 from assay.reports.walk import write_gif, write_walk
-from assay.study.curvature import Classifier, as_model, copies, pose_one
+from assay.study.curvature import Classifier, copies, pose_one
 from assay.threats import Problem, Threat
 
 STEPS: Final = 200
@@ -191,7 +191,7 @@ class Walk:
 def walk(
     model: Classifier, x: Tensor, y: int, norm: str = "l2", attack: str | Runnable = "fmn", steps: int = STEPS,
     seed: int = 0, *, index: int = 0, target: int | None = None, ascent: bool = True, slice_steps: int = 61,
-    device: torch.device | str | None = None,
+    targets: Sequence[int] | None = None, device: torch.device | str | None = None,
 ) -> Walk:  # fmt: skip
     """Look for the least change before the model calls a sample each other class, and for what happens on the way.
 
@@ -210,6 +210,7 @@ def walk(
         target: the class of the ascent; None for the nearest one.
         ascent: whether to make one.
         slice_steps: points along a side of the slice; 0 for none.
+        targets: the classes to look for; None for every other one.
         device: where to run.
 
     Raises:
@@ -230,16 +231,17 @@ def walk(
         door, p = Door(live, 1), pose_one(live, x, y, threat, seed, index)
         here = door.logits(p.x0, p.rows).softmax(1)[0]
         said, classes = int(here.argmax()), len(here)
-        targets = torch.tensor([c for c in range(classes) if c != said])
+        wanted = [c for c in range(classes) if c != said] if targets is None else targets
+        goals = torch.tensor([_other(c, said, classes) for c in wanted])
         chosen = get(attack, steps=steps) if isinstance(attack, str) else attack
         name = attack if isinstance(attack, str) else type(attack).__name__
-        many = x.detach()[None].float().expand(len(targets), *x.shape).contiguous()
-        at = torch.full_like(targets, index)
-        result = chosen(model, many, targets, threat, seed, indices=at, device=device)
-        ways = sorted(_ways(door, p, targets, result), key=lambda w: (w.size, w.target))
+        many = x.detach()[None].float().expand(len(goals), *x.shape).contiguous()
+        at = torch.full_like(goals, index)
+        result = chosen(model, many, goals, threat, seed, indices=at, device=device)
+        ways = sorted(_ways(door, p, goals, result), key=lambda w: (w.size, w.target))
         found = [w for w in ways if w.found]
-        wanted = _target(target, found, said, classes)
-        climbed = _ascend(door, p, wanted) if ascent and wanted is not None else None
+        top = _target(target, found, said, classes)
+        climbed = _ascend(door, p, top) if ascent and top is not None else None
         plane = _slice(door, p, found, slice_steps) if slice_steps and len(found) > 1 else None
         forwards, backwards = (int(n[0]) for n in (door.forwards, door.backwards))
     return Walk(
@@ -259,6 +261,36 @@ def walk(
         forwards=forwards + int(result.forwards.sum()),
         backwards=backwards + int(result.backwards.sum()),
     )
+
+
+def climb(
+    model: Classifier, x: Tensor, target: int, norm: str = "l2", seed: int = 0, *, index: int = 0,
+    device: torch.device | str | None = None,
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:  # fmt: skip
+    """Climb towards a class, step by step, for whoever wants to watch: the ascent of :func:`walk`.
+
+    Until the iterator ends or is closed, the model is in use.
+
+    Args:
+        model: whom to ask.
+        x: one sample (*f) inside the box.
+        target: the class to reach.
+        norm: of the threat; without an eps only the box bounds the climb.
+        seed: of the random numbers.
+        index: of the sample in its data.
+        device: where to run.
+
+    Yields:
+        A point (*f), and the probabilities (c,) there; x itself comes first.
+
+    Raises:
+        DataError: x is not inside the box.
+        UsageError: no such class, or the one that x is in already.
+    """
+    with as_model(model).frozen(device) as live:
+        door, p = Door(live, 1), pose_one(live, x, 0, Threat(norm, targeted=True), seed, index)
+        here = door.logits(p.x0, p.rows)[0]
+        yield from _steps(door, p, _other(target, int(here.argmax()), len(here)))
 
 
 def distances(
@@ -337,6 +369,10 @@ class _Tally:
 def _target(target: int | None, found: Sequence[Way], said: int, classes: int) -> int | None:
     if target is None:
         return found[0].target if found else None
+    return _other(target, said, classes)
+
+
+def _other(target: int, said: int, classes: int) -> int:
     if not 0 <= target < classes or target == said:
         raise UsageError(f"a class from 0 to {classes - 1} other than {said}", f"{target}", "Choose another target.")
     return target
@@ -360,20 +396,23 @@ def _way(door: Door, p: Problem, target: int, size: float, end: Tensor) -> Way:
 
 
 def _ascend(door: Door, p: Problem, target: int) -> Ascent:
-    """Climb until the model is sure, noting every step: the attack's own steps, seen one by one."""
+    frames, sure = zip(*_steps(door, p, target), strict=True)
+    return Ascent(target, np.stack(frames), np.stack(sure))
+
+
+def _steps(door: Door, p: Problem, target: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Climb until the model is sure, yielding every step: the attack's own steps, seen one by one."""
     attack = TargetedAscent(steps=100, step=0.01)
     wanted = torch.full_like(p.rows, target)
     q = replace(p, goal=replace(p.goal, label=None, target=wanted))
     s = attack.init(q)
-    frames, sure = [], []
     for k in range(attack.steps + 1):
         e = attack.query(door, s.x, q, k)
-        frames.append(s.x[0].cpu())
-        sure.append(e.logits.float().softmax(1)[0].cpu())
-        if sure[-1][target] >= _SURE:
-            break
+        sure = e.logits.float().softmax(1)[0].cpu().numpy()
+        yield s.x[0].cpu().numpy(), sure
+        if sure[target] >= _SURE:
+            return
         s = attack.update(q, s, e, k)
-    return Ascent(target, torch.stack(frames).numpy(), torch.stack(sure).numpy())
 
 
 def _slice(door: Door, p: Problem, ways: Sequence[Way], steps: int) -> Slice | None:
