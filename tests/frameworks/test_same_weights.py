@@ -1,4 +1,7 @@
-"""The same weights in every form give the same logits and the same verdict: benchmarks/bridges.py at a small size."""
+"""The same weights give the same logits and the same verdict in Keras, TensorFlow, JAX and through ONNX Runtime.
+
+That is benchmarks/bridges.py at a small size. The forms of files that torch writes are in test_onnx.py.
+"""
 
 import json
 import os
@@ -29,10 +32,6 @@ def native():
 @pytest.mark.parametrize(
     ("form", "needed"),
     [
-        ("pt2", ()),
-        ("torchscript", ()),
-        ("onnx", ("onnx", "onnxscript")),
-        ("onnx-torchscript", ("onnx",)),
         ("keras-file", ("keras",)),
         ("keras", ("keras",)),
         ("keras-tf", ("keras", "tensorflow")),

@@ -18,7 +18,7 @@ from assay.models import Model
 
 Shape: TypeAlias = tuple[int, ...]
 
-IDENTITIES = ("clone", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as")
+IDENTITIES = ("clone", "contiguous", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "type_as")
 """Operators that return their first argument."""
 
 

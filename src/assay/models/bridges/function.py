@@ -172,7 +172,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, type | types.ModuleType):
         return [value.__name__]
     if hasattr(value, "__array__"):
-        a = np.asarray(value)
+        a = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         return [str(a.dtype), str(a.shape), np.ascontiguousarray(a).tobytes()]
     if isinstance(value, types.FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or ()]
