@@ -218,6 +218,19 @@ def test_images_are_saved_with_8_bits_or_not_at_all(tmp_path):
     assert "max_passes" in run(*command, "--max-passes", 0, cwd=tmp_path, check=2).stderr
 
 
+def test_size_brings_images_of_any_size_to_what_the_model_takes(tmp_path):
+    for k, (width, height) in enumerate([(40, 30), (56, 28), (28, 28), (31, 64)]):
+        (tmp_path / "images" / str(k % 2)).mkdir(parents=True, exist_ok=True)
+        grey = np.full((height, width), 40 * k, np.uint8)
+        Image.fromarray(grey).save(tmp_path / "images" / str(k % 2) / f"{k}.png")
+    command = ("evaluate", "demo:mnist-plain", "images", "--threat", "linf:0.1", "--effort", "quick", "--json")
+    assert "--size" in run(*command, cwd=tmp_path, check=3).stderr
+    assert "--size takes" in run(*command, "--size", "big", cwd=tmp_path, check=2).stderr
+    found = [json.loads(run(*command, "--size", size, cwd=tmp_path, check=0).stdout) for size in ("28", "28,28")]
+    assert [r["n"] for r in found] == [4, 4]
+    assert found[0]["run"] != found[1]["run"]
+
+
 def test_doctor_finds_this_installation_sound(tmp_path):
     report = json.loads(run("doctor", "--json", cwd=tmp_path, check=0).stdout)
     assert report["ok"]

@@ -156,15 +156,19 @@ def model_of(
 
 
 def data_of(source: str, size: str | None, *, limit: int | None, trust_pickle: bool) -> "Data":
-    """Load DATA; ``size`` is ``224`` or ``224,160`` (height, width)."""
+    """Load DATA; ``size`` is what ``--size`` says."""
     from assay.data import load_data
 
+    return load_data(source, limit=limit, trust_pickle=trust_pickle, size=None if size is None else _sides(size))
+
+
+def _sides(text: str) -> int | tuple[int, int]:
+    """Read ``224`` (the centre of images whose shorter side has as many pixels) or ``224,160`` (height and width)."""
     try:
-        sides = None if size is None else [int(part) for part in size.split(",")]
+        height, *width = (int(part) for part in text.split(",", 1))
     except ValueError:
-        raise typer.BadParameter(f"--size takes 224, or 224,160 for height and width; got {size!r}") from None
-    fit = None if sides is None else (sides[0], sides[-1])
-    return load_data(source, limit=limit, trust_pickle=trust_pickle, size=fit)
+        raise typer.BadParameter(f"--size takes 224, or 224,160 for height and width; got {text!r}") from None
+    return (height, width[0]) if width else height
 
 
 def run_folder(*settings: Any) -> Path:
