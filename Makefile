@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make demo       set up, and evaluate the two demo models (reports in runs/demo)"
-	@echo "make test       set up, and run all fast tests"
+	@echo "make test       set up, and run all fast tests but those of the adapters"
 	@echo "make test-frameworks  the same for the adapters, with every framework that they adapt (4 GB)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      lint, strict types, import layers"
@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/assay demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --ignore tests/frameworks
 
 # Keras has one backend in a process, so its tests run once for each.
 test-frameworks: $(FRAMEWORKS)/.installed

@@ -1,7 +1,7 @@
 """The same weights in every form: the same logits, the same verdict, and what each form costs.
 
-The network is demo:mnist-robust, the samples are those of demo:mnist. Each form runs in a process of its own (Keras has
-one backend in a process), on one thread. Differences and ratios are to the PyTorch module itself.
+The networks are demo:mnist-plain and demo:mnist-robust, the samples those of demo:mnist. Each form runs in a process of
+its own (Keras has one backend in a process), on one thread. Differences and ratios are to the PyTorch module itself.
 
     python benchmarks/bridges.py                       all forms (make .venv-frameworks has every framework)
     python benchmarks/bridges.py --forms onnx,keras    some
@@ -32,60 +32,56 @@ import torch
 
 import assay
 
-SOURCE, THREAT, EFFORT = "demo:mnist-robust", "linf:0.3", "standard"
+CASES, EFFORT = (("demo:mnist-plain", "linf:0.1"), ("demo:mnist-robust", "linf:0.3")), "standard"
 BATCH, ROUNDS = 128, 15
-Make = Callable[[Path], Any]
-"""From an empty folder to something that assay.evaluate takes as a model."""
-
-
-def _net() -> torch.nn.Module:
-    return assay.load_model(SOURCE).net
+Make = Callable[[torch.nn.Module, Path], Any]
+"""From a network and an empty folder to something that assay.evaluate takes as a model."""
 
 
 def _example() -> torch.Tensor:
     return torch.zeros(2, 1, 28, 28)
 
 
-def _exported(folder: Path) -> str:
+def _exported(net: torch.nn.Module, folder: Path) -> str:
     path = folder / "net.pt2"
     free = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(_net(), (_example(),), dynamic_shapes=free), path)
+    torch.export.save(torch.export.export(net, (_example(),), dynamic_shapes=free), path)
     return str(path)
 
 
-def _onnx_dynamo(folder: Path) -> str:
+def _onnx_dynamo(net: torch.nn.Module, folder: Path) -> str:
     path = folder / "dynamo.onnx"
     free = ({0: torch.export.Dim("batch")},)
     how: dict[str, Any] = {"dynamo": True, "dynamic_shapes": free, "external_data": False, "verbose": False}
-    torch.onnx.export(_net(), (_example(),), str(path), **how)
+    torch.onnx.export(net, (_example(),), str(path), **how)
     return str(path)
 
 
-def _onnx_torchscript(folder: Path) -> str:
+def _onnx_torchscript(net: torch.nn.Module, folder: Path) -> str:
     path = folder / "torchscript.onnx"
     axes = {"input": {0: "batch"}, "output": {0: "batch"}}
     how: dict[str, Any] = {"dynamo": False, "opset_version": 17, "dynamic_axes": axes}
-    torch.onnx.export(_net(), (_example(),), str(path), input_names=["input"], output_names=["output"], **how)
+    torch.onnx.export(net, (_example(),), str(path), input_names=["input"], output_names=["output"], **how)
     return str(path)
 
 
-def _onnx_scores(folder: Path) -> str:
-    return f"ort:{_onnx_torchscript(folder)}"
+def _onnx_scores(net: torch.nn.Module, folder: Path) -> str:
+    return f"ort:{_onnx_torchscript(net, folder)}"
 
 
-def _torchscript(folder: Path) -> Any:
+def _torchscript(net: torch.nn.Module, folder: Path) -> Any:
     path = folder / "net.torchscript"
-    torch.jit.trace(_net(), _example()).save(str(path))
+    torch.jit.trace(net, _example()).save(str(path))
     return assay.load_model(str(path), trust_pickle=True)
 
 
-def _keras_model(_: Path) -> Any:
+def _keras_model(net: torch.nn.Module, _: Path) -> Any:
     """Rebuild the network in Keras, images with channels last, with the same weights."""
     import keras
 
     layers: list[Any] = [keras.Input((28, 28, 1))]
     weights: list[tuple[Any, torch.nn.Module]] = []
-    parts = list(_net().children())
+    parts = list(net.children())
     for part, then in zip(parts, [*parts[1:], None], strict=True):
         rising = "relu" if isinstance(then, torch.nn.ReLU) else None
         if isinstance(part, torch.nn.Conv2d):
@@ -107,31 +103,31 @@ def _keras_model(_: Path) -> Any:
     return model
 
 
-def _keras_file(folder: Path) -> str:
+def _keras_file(net: torch.nn.Module, folder: Path) -> str:
     path = folder / "net.keras"
-    _keras_model(folder).save(path)
+    _keras_model(net, folder).save(path)
     return str(path)
 
 
-def _tf_function(folder: Path) -> Any:
+def _tf_function(net: torch.nn.Module, folder: Path) -> Any:
     import tensorflow as tf
 
-    model = _keras_model(folder)
+    model = _keras_model(net, folder)
     shape = tf.TensorSpec((None, 28, 28, 1), tf.float32)
     return tf.function(lambda x: model(x, training=False), input_signature=[shape])
 
 
-def _saved_model(folder: Path) -> str:
+def _saved_model(net: torch.nn.Module, folder: Path) -> str:
     path = folder / "saved"
-    _keras_model(folder).export(str(path), verbose=False)
+    _keras_model(net, folder).export(str(path), verbose=False)
     return str(path)
 
 
-def _jax_function(_: Path) -> Any:
+def _jax_function(net: torch.nn.Module, _: Path) -> Any:
     import jax
     from jax import numpy as jnp
 
-    parts = [(p, [jnp.asarray(v.detach().numpy()) for v in p.parameters()]) for p in _net().children()]
+    parts = [(p, [jnp.asarray(v.detach().numpy()) for v in p.parameters()]) for p in net.children()]
 
     @jax.jit
     def answer(x: Any) -> Any:
@@ -151,7 +147,7 @@ def _jax_function(_: Path) -> Any:
 
 
 FORMS: dict[str, tuple[str, Make, dict[str, str]]] = {
-    "torch": ("PyTorch module", lambda _: _net(), {}),
+    "torch": ("PyTorch module", lambda net, _: net, {}),
     "pt2": ("torch.export, .pt2", _exported, {}),
     "torchscript": ("TorchScript", _torchscript, {}),
     "onnx": ("ONNX, torch's dynamo exporter, converted", _onnx_dynamo, {}),
@@ -168,27 +164,31 @@ FORMS: dict[str, tuple[str, Make, dict[str, str]]] = {
 
 
 def measure(form: str, limit: int) -> dict[str, Any]:
-    """Measure one form in this process."""
+    """Measure one form in this process: verdicts on all networks, passes a second on the last."""
     data = assay.load_data("demo:mnist", limit=limit)
     x = data.batch(range(min(BATCH, limit)))
+    gaps, fooled, robust = [], [], []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = FORMS[form][1](Path(folder))
-        model = assay.load_model(made) if isinstance(made, str) else made
-        model = model if isinstance(model, assay.Model) else assay.Model(model)
-        gap = float((model(x) - _net()(x)).abs().max())
-        result = assay.evaluate(model, data, THREAT, EFFORT, progress=False)
-        forward = rate(lambda: model(x), len(x))
+        for k, (source, threat) in enumerate(CASES):
+            net, place = assay.load_model(source).net, Path(folder) / str(k)
+            place.mkdir()
+            made = FORMS[form][1](net, place)
+            model = assay.load_model(made) if isinstance(made, str) else made
+            model = model if isinstance(model, assay.Model) else assay.Model(model)
+            gaps.append(float((model(x) - net(x)).abs().max()))
+            result = assay.evaluate(model, data, threat, EFFORT, progress=False)
+            fooled.append(result.samples["fooled"].to_pylist())
+            robust.append(result.robust_accuracy)
         differentiable = "no-gradient" not in {f.code for f in result.findings}
-        gradient = rate(lambda: _gradient(model, x), len(x)) if differentiable else None
-    return {
-        "form": form,
-        "gap": gap,
-        "robust": result.robust_accuracy,
-        "fooled": result.samples["fooled"].to_pylist(),
-        "forward": forward,
-        "gradient": gradient,
-    }
+        return {
+            "form": form,
+            "gap": max(gaps),
+            "robust": robust,
+            "fooled": fooled,
+            "forward": rate(lambda: model(x), len(x)),
+            "gradient": rate(lambda: _gradient(model, x), len(x)) if differentiable else None,
+        }
 
 
 def _gradient(model: assay.Model, x: torch.Tensor) -> None:
@@ -210,16 +210,19 @@ def rate(work: Callable[[], object], rows: int) -> float:
 def table(rows: list[dict[str, Any]], limit: int) -> str:
     """Write a Markdown table; the first row is what the others are compared with."""
     base = rows[0]
-    head = (
-        "| form | largest difference of a logit | robust accuracy | samples with another outcome | forwards a second "
-        "| of native | gradients a second | of native |\n|---|---|---|---|---|---|---|---|"
+    verdicts = "".join(f" | {source}, {threat} | other outcome" for source, threat in CASES)
+    head = f"| form | largest difference of a logit{verdicts} | forwards | of native | gradients | of native |"
+    about = (
+        f"{limit} samples, effort {EFFORT}: robust accuracy, and samples with another outcome than natively. Forwards "
     )
-    lines = [f"{limit} samples, {THREAT}, effort {EFFORT}; batches of {BATCH}, CPU time of one thread.", "", head]
+    about += f"and gradients of samples a second of CPU time on one thread, in batches of {BATCH}."
+    lines = [about, "", head, "|---" * head.count(" | ") + "|---|"]
     for r in rows:
-        other = int(np.sum(np.array(r["fooled"]) != np.array(base["fooled"])))
+        pairs = zip(r["robust"], r["fooled"], base["fooled"], strict=True)
+        cells = "".join(f" | {a:.1%} | {int(np.sum(np.array(f) != np.array(g)))}" for a, f, g in pairs)
         grad = (f"{r['gradient']:,.0f}", f"{r['gradient'] / base['gradient']:.2f}") if r["gradient"] else ("none", "")
         speed = f"{r['forward']:,.0f} | {r['forward'] / base['forward']:.2f} | {grad[0]} | {grad[1]}"
-        lines.append(f"| {FORMS[r['form']][0]} | {r['gap']:.1e} | {r['robust']:.1%} | {other} | {speed} |")
+        lines.append(f"| {FORMS[r['form']][0]} | {r['gap']:.1e}{cells} | {speed} |")
     return "\n".join(lines)
 
 

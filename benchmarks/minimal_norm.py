@@ -206,7 +206,7 @@ class Block(nn.Module):
 def ours(norm: str) -> dict[tuple[str, str], Callable[[int], Any]]:
     """Return assay's minimal-norm attacks for a norm: name and variant, and how each is made for a budget."""
     made: dict[tuple[str, str], Callable[[int], Any]] = {
-        (name, ""): partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal")
+        (name, ""): partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal", access="gradient")
     }
     second = {"linf": "fmn", "l2": "fab", "l1": "fmn", "l0": "cw-l0"}[norm]
     made["inward", second] = partial(paired, second)

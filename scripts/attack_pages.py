@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import attacks
-from assay.attacks import ATTACKS, LOSSES, Runnable, SharedAttack, combine, get, names
+from assay.attacks import ATTACKS, LOSSES, Noise, Runnable, SharedAttack, combine, get, names
 from assay.attacks.loop import StepAttack
 from assay.attacks.transforms import Transformed
 
@@ -131,6 +131,8 @@ def passes(attack: Runnable) -> int:
         return attack.count * passes(attack.attack)
     if isinstance(attack, combine.OutputDiversified):
         return 2 * attack.steps + 1 + passes(attack.attack)
+    if isinstance(attack, Noise):
+        return attack.draws * attack.rounds
     raise NotImplementedError(f"passes of {type(attack).__name__}")
 
 
