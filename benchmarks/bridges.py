@@ -249,7 +249,11 @@ def main() -> None:
     text = table(rows, a.limit)
     print(text)
     if a.out:
-        about = "# The same weights in every form\n\n`python benchmarks/bridges.py`: see its first lines.\n\n"
+        about = "# The same weights in every form\n\n`python benchmarks/bridges.py`: see its first lines. "
+        about += (
+            "Where an attack succeeds by a hair, the rounding of a form may decide: a sample or two of the hardened "
+        )
+        about += "network.\n\n"
         a.out.write_text(f"{about}{text}\n")
 
 
