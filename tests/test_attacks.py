@@ -679,7 +679,8 @@ def test_attacks_are_found_by_what_they_need_and_built_from_text() -> None:
     found = attacks.names(norm="l1", access="gradient", kind="budget")
     assert {"apgd", "bim", "fgsm", "pgd", "targeted-ascent"} <= set(found)
     assert not {"acg", "mi-fgsm", "square", "ddn"} & set(found)
-    assert attacks.names(access="score") == ("square",)
+    assert attacks.names(access="score", norm="l1") == ("square",)
+    assert {"rays", "hop-skip-jump", "uniform-noise"} <= set(attacks.names(access="decision", norm="linf"))
     assert attacks.get("pgd", steps="7", rel_step="0.5", start="clean") == PGD(steps=7, rel_step=0.5, start="clean")
     assert attacks.get("apgd", loss="dlr") == APGD(loss=dlr)
     for name, params, says in (
