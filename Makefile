@@ -40,7 +40,7 @@ test: $(STAMP)
 
 # Keras has one backend in a process, so its tests run once for each.
 test-frameworks: $(FRAMEWORKS)/.installed
-	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=torch $(FRAMEWORKS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/frameworks
+	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=torch $(FRAMEWORKS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/frameworks tests/test_augment.py
 	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=tensorflow $(FRAMEWORKS)/bin/python -m pytest tests/frameworks/test_keras.py tests/frameworks/test_tensorflow.py
 
 test-slow: $(STAMP)

@@ -1,6 +1,5 @@
 """Augmentation: each step does what it says, inside the box, with random numbers of the sample."""
 
-import importlib
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from assay.core.errors import DataError, MissingExtraError
+from assay.core.optional import need
 from assay.core.random import Draws
 from assay.core.registry import UsageError
 from assay.hardening.augment import (
@@ -41,18 +41,12 @@ def batch(n: int = 6, channels: int = 3, height: int = 8, width: int = 6, box: B
     return k / 255 * box.width + box.lo
 
 
-def torchvision_fits() -> bool:
-    try:
-        importlib.import_module("torchvision.transforms.v2")
-    except Exception:  # also RuntimeError, where it was built for another torch
-        return False
-    return True
-
-
 @pytest.fixture
 def torchvision() -> None:
-    if not torchvision_fits():
-        pytest.skip("torchvision is not there, or does not fit torch")
+    try:
+        need("torchvision", "augment")
+    except MissingExtraError as e:
+        pytest.skip(e.found)
 
 
 # ------------------------------------------------------------------------------------------------- single samples
@@ -232,16 +226,9 @@ def test_a_policy_takes_grey_images_and_keeps_8_bit_values() -> None:
 
 
 def test_a_policy_needs_a_torchvision_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'assay\[augment\]'"):
         Policy()(batch(), draws(6), UNIT)
     with pytest.raises(DataError, match="1 or 3 channels"):
         Policy()(batch(channels=2), draws(6), UNIT)
-
-
-def test_a_torchvision_that_does_not_fit_is_an_error_that_says_so() -> None:
-    if torchvision_fits():
-        pytest.skip("torchvision fits here")
-    with pytest.raises(MissingExtraError, match="torchvision"):
-        Policy()(batch(), draws(6), UNIT)

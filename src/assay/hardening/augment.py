@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from assay.core.errors import DataError, MissingExtraError
+from assay.core.errors import DataError
 from assay.core.levels import at_level
+from assay.core.optional import need
 from assay.core.random import Draws
 from assay.core.registry import Registry, UsageError, build, one_of
 from assay.core.types import Inputs, Labels, Mask, PerSample, choose, per_sample
@@ -298,11 +299,7 @@ def _policy(name: str) -> Any:
     Raises:
         MissingExtraError: torchvision is not installed, or does not fit torch.
     """
-    try:
-        from torchvision.transforms import v2
-    except Exception as e:  # ImportError where it is missing, RuntimeError where it does not fit torch
-        remedy = "pip install 'assay[augment]' (a torchvision that was built for the installed torch)"
-        raise MissingExtraError("torchvision, for policies", f"{type(e).__name__}: {e}", remedy) from e
+    v2 = need("torchvision.transforms.v2", "augment")
     kind, searched = POLICIES[name]
     return getattr(v2, kind)(*[v2.AutoAugmentPolicy[searched]] if searched else [])
 
