@@ -1,7 +1,7 @@
 """The one step loop. Queries, best-so-far, the last iterate, the active set and the rules are handled here only."""
 
 from abc import abstractmethod
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -150,6 +150,33 @@ class GradientAttack(StepAttack[S, Gradient]):
 
     def cost(self, k: int) -> int:
         return 2 if self.differentiates(k) else 1
+
+
+class Around:
+    """What an attack around a gradient attack says of itself: what that attack says."""
+
+    __slots__ = ()
+    attack: GradientAttack[Any]
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return self.attack.norms
+
+    @property
+    def any_size(self) -> bool:
+        return self.attack.any_size
+
+    @property
+    def minimal(self) -> bool:
+        return self.attack.minimal
+
+    @property
+    def steps(self) -> int:
+        return self.attack.steps
+
+    @property
+    def loss(self) -> Loss:
+        return self.attack.loss
 
 
 class SlopesAttack(StepAttack[S, Slopes]):

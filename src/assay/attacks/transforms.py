@@ -13,11 +13,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from assay.attacks.loop import GradientAttack, HasX
+from assay.attacks.loop import Around, GradientAttack, HasX
 from assay.core.errors import DataError
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Logits, Mask, PerSample, Rows, choose, per_sample
-from assay.models.door import Door, Gradient, Loss
+from assay.models.door import Door, Gradient
 from assay.threats.norms import TINY
 from assay.threats.problem import Problem
 
@@ -309,7 +309,7 @@ _STREAM = 0x7E57
 
 @final
 @dataclass(frozen=True, slots=True)
-class Transformed(GradientAttack[TransformedState]):
+class Transformed(Around, GradientAttack[TransformedState]):  # type: ignore[override]
     """An attack whose gradients go through transforms, the first of them nearest to the model.
 
     Every step asks about all copies of the point that the transforms want (their numbers multiply), and the attack then
@@ -337,26 +337,6 @@ class Transformed(GradientAttack[TransformedState]):
         if not all(self.attack.differentiates(k) for k in range(self.attack.questions)):
             what = type(self.attack).__name__
             raise UsageError("an attack that asks for a gradient at every query", what, "For example bim or pgd.")
-
-    @property
-    def norms(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.attack.norms
-
-    @property
-    def any_size(self) -> bool:  # type: ignore[override]
-        return self.attack.any_size
-
-    @property
-    def minimal(self) -> bool:  # type: ignore[override]
-        return self.attack.minimal
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.attack.steps
-
-    @property
-    def loss(self) -> Loss:  # type: ignore[override]
-        return self.attack.loss
 
     @property
     def questions(self) -> int:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, final
 
@@ -56,13 +57,14 @@ class Part:
 @o.told
 def doctor(as_json: o.Json = False) -> None:
     """Examine the installation: versions, devices, optional parts. Exits with 1 where something needed is broken."""
+    brought = importlib.metadata.packages_distributions()  # looks at all that is installed
     parts = [
         Part("assay", __version__),
         Part("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *(_examine(n, f"pip install --force-reinstall {n}") for n in _NEEDED),
         _devices(),
         _demo(),
-        *(_optional(n, *about) for n, about in _OPTIONAL.items()),
+        *(_optional(n, *about, brought) for n, about in _OPTIONAL.items()),
     ]
     fault = any(p.fault for p in parts)
     if as_json:
@@ -84,13 +86,12 @@ def _examine(name: str, remedy: str) -> Part:
     return Part(name, version)
 
 
-def _optional(module: str, extra: str, purpose: str) -> Part:
+def _optional(module: str, extra: str, purpose: str, brought: Mapping[str, list[str]]) -> Part:
     """Look for an optional package by its module: distributions of several names may bring it (tensorflow-cpu)."""
     remedy = f"for {purpose}: pip install 'assay[{extra}]'"
     if importlib.util.find_spec(module) is None:
         return Part(module, "not installed (optional)", False, remedy)
-    brought = importlib.metadata.packages_distributions().get(module, [module])
-    version = importlib.metadata.version(brought[0])
+    version = importlib.metadata.version(brought.get(module, [module])[0])
     try:
         need(module, extra)
     except MissingExtraError as e:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from assay.attacks.gradient.pgd import PGD
-from assay.attacks.loop import GradientAttack, HasX, ScoreAttack
+from assay.attacks.loop import Around, GradientAttack, HasX, ScoreAttack
 from assay.attacks.losses import margin
 from assay.attacks.registry import ATTACKS
 from assay.attacks.transforms import Momentum, Seen, Transformed
@@ -34,7 +34,7 @@ class EstimatedState(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Estimated(ScoreAttack[EstimatedState]):
+class Estimated(Around, ScoreAttack[EstimatedState]):  # type: ignore[override]
     """A gradient attack that sees scores only: mean of (f(x + s u) - f(x - s u)) u / 2 s stands for the gradient.
 
     Every step of the attack asks about its point, and then about ``draws`` pairs of points on both sides of it, each
@@ -81,26 +81,6 @@ class Estimated(ScoreAttack[EstimatedState]):
             raise UsageError("an attack that asks for one gradient at every query", what, "For example pgd or apgd.")
         if self.draws < 1 or self.sigma <= 0:
             raise UsageError("draws >= 1 and sigma > 0", f"{self.draws} and {self.sigma}", "For example 16 and 0.01.")
-
-    @property
-    def norms(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.attack.norms
-
-    @property
-    def any_size(self) -> bool:  # type: ignore[override]
-        return self.attack.any_size
-
-    @property
-    def minimal(self) -> bool:  # type: ignore[override]
-        return self.attack.minimal
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.attack.steps
-
-    @property
-    def loss(self) -> Loss:  # type: ignore[override]
-        return self.attack.loss
 
     @property
     def questions(self) -> int:
