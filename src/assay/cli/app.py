@@ -13,6 +13,7 @@ from assay.cli.compare import compare
 from assay.cli.demo import demo
 from assay.cli.doctor import doctor
 from assay.cli.evaluate import evaluate
+from assay.cli.gate import gate
 from assay.cli.harden import harden
 from assay.cli.options import INTERRUPTED
 from assay.cli.report import report
@@ -30,6 +31,7 @@ what it can, keeps the results in a folder that survives any interruption, and w
   assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3     the same by hand
   assay certify demo:mnist-robust demo:mnist --threat linf:0.1      prove it
   assay serve                                                       browse all that, in a browser
+  assay gate runs/NAME --min-robust 0.45                            fail a build that falls below
   assay harden py:assay.nets:mnist_small train.npz --recipe mnist-0.3 --out hardened.safetensors
   assay evaluate weights.safetensors images/ --arch mymodule:build --threat linf:8/255 --mean 0.5 --std 0.25
 
@@ -52,9 +54,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
 )
-for command in (evaluate, attack, certify, harden, compare, report, serve, demo, doctor):
+for command in (evaluate, attack, certify, harden, compare, gate, report, serve, demo, doctor):
     app.command()(command)
 app.add_typer(study)
 
