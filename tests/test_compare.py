@@ -1,22 +1,29 @@
 """Two runs compared: pairs by sample, exact tests, an interval that holds, and words that say no more than that."""
 
 import io
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from rich.console import Console
 from scipy.stats import binomtest, multinomial
+from scipy.stats import bootstrap as resampled_by_scipy
 from typer.testing import CliRunner
 
 from assay.cli.app import app
 from assay.core.errors import RunError
+from assay.reports.comparison import render_comparison
 from assay.reports.paired import conclusion, p_text, print_comparison
 from assay.runs import Run
 from assay.runs.compare import compare, difference_interval, shares, sizes
+from assay.runs.paired import bootstrap, holm, lower_median
 
 INF = float("inf")
 
@@ -26,35 +33,41 @@ def identity(**changes):
     return {"threat": threat, "effort": "standard", "seed": 0, "model": "aa", "assay": "0.1.0"} | changes
 
 
-def manifest(name="net", data="cd" * 32, **changes):
+def manifest(name="net", data="cd" * 32, of_data=MappingProxyType({}), **changes):
     return {
         "identity": identity(**changes),
         "model": {"name": name},
-        "data": {"name": "blobs", "fingerprint": data, "n": 100, "shape": [1, 8, 8]},
+        "data": {"name": "blobs", "fingerprint": data, "n": 100, "shape": [1, 8, 8]} | of_data,
     }
 
 
-def columns(size, status):
+def columns(size, status, lower=0.0):
     """The rows of samples by column."""
     n = len(size)
-    constant = {"label": 1, "prediction": 1, "margin": 1.0, "broken_by": None, "certified": None, "lower": 0.0}
-    constant |= {"adversarial_prediction": None, "forwards": 1, "backwards": 1}
+    constant = {"prediction": 1, "margin": 1.0, "forwards": 1, "backwards": 1}
     return {k: [v] * n for k, v in constant.items()} | {
         "size": size,
         "upper": size,
         "status": status,
         "fooled": [s == "fooled" for s in status],
+        "adversarial_prediction": [2 if s == "fooled" else None for s in status],
+        "certified": [s == "robust" and lower >= 0.3 for s in status],
+        "lower": [lower if s == "robust" else 0.0 for s in status],
     }
 
 
-def store(path, size, order=None, **changes):
+def store(path, size, order=None, labels=None, broken_by=None, lower=0.0, adversarials=MappingProxyType({}), **changes):
     """A run of samples with these sizes, 0 for wrong as it is and inf for robust, stored in two batches."""
     run = Run.start(path, manifest(**changes))
+    attacks = broken_by or ["apgd"] * len(size)
     for part in np.array_split(np.arange(len(size)) if order is None else np.asarray(order), 2):
         values = [float(size[i]) for i in part]
         status = ["misclassified" if v == 0 else "robust" if v == INF else "fooled" for v in values]
+        told = {"label": [labels[i] if labels else 1 for i in part], "index": part.tolist()}
+        told["broken_by"] = [attacks[i] if s == "fooled" else None for i, s in zip(part, status, strict=True)]
         if len(part):
-            run.add(columns(values, status) | {"index": part.tolist()}, {}, {})
+            of_part = np.isin(adversarials.get("index", ()), part)
+            run.add(columns(values, status, lower) | told, {k: v[of_part] for k, v in adversarials.items()}, {})
     run.close()
     return run
 
@@ -70,7 +83,7 @@ def runs(tmp_path):
 
 def printed(c, width=100):
     console = Console(file=io.StringIO(), width=width)
-    print_comparison(c, console)
+    print_comparison(c, console, details=True)
     return console.file.getvalue()
 
 
@@ -197,8 +210,8 @@ def test_nothing_found_is_nothing_to_compare():
 def test_sizes_of_unlike_searches_are_not_compared(threat, runs, tmp_path):
     c = compare(runs[0], store(tmp_path / "o", AFTER, threat=threat))
     assert c.sizes is None
+    assert c.bootstrap.median is None
     assert c.differs == ("threat",)
-    assert (c.robust is None) == (threat.get("eps", 0) is None)
     assert conclusion(c)
 
 
@@ -209,6 +222,229 @@ def test_without_an_eps_sizes_are_the_result(tmp_path):
     assert re.search(r"fool \S+/b are larger than those that fool \S+/a", conclusion(c))
     assert "1.50 times as large in the median (sign test, p < 0.0001)" in conclusion(c)
     assert "No difference in size" in conclusion(compare(c.a.run, c.a.run))
+
+
+# what is comparable when threats or efforts differ
+
+
+def test_runs_at_two_eps_are_compared_at_the_smaller_one(tmp_path):
+    """A change of 0.2 breaks the second sample at 0.3, and is no change that 0.15 allows."""
+    wide = store(tmp_path / "w", [0.1, 0.2, INF, 0.0])
+    narrow = store(tmp_path / "n", [INF, INF, 0.15, 0.0], threat={"eps": 0.15, "text": "linf:0.15"})
+    c = compare(wide, narrow)
+    assert (c.eps, c.robust.a, c.robust.b, c.robust.only_a, c.robust.only_b) == (0.15, 2, 2, 1, 1)
+    assert "compared at eps 0.15, the smaller one. The other run searched up to 0.3" in c.notes[0]
+    assert "robust at 0.15" in printed(c)
+
+
+def test_a_run_without_an_eps_is_compared_at_that_of_the_other(tmp_path):
+    free = store(tmp_path / "f", [0.1, 0.3, 0.31, 0.9], threat={"eps": None, "text": "linf"})
+    c = compare(free, store(tmp_path / "b", [0.1, INF, INF, 0.2]))
+    assert (c.eps, c.robust.a, c.robust.b) == (0.3, 2, 2)
+    assert "without a limit" in c.notes[0]
+
+
+@pytest.mark.parametrize("other", [{"norm": "l2"}, {"box": [-1, 1]}, {"quantize": 8}])
+def test_under_unlike_threats_nothing_but_clean_accuracy_is_compared(other, runs, tmp_path):
+    c = compare(runs[0], store(tmp_path / "o", AFTER, threat=other))
+    assert (c.robust, c.certified, c.sizes, c.stages) == (None, None, None, ())
+    assert c.clean.only_b == 1
+    assert c.notes[0].startswith(f"The threats differ in {next(iter(other))}: only clean accuracy is comparable")
+    assert [(x.index, x.held_by) for x in c.changes] == [(38, "b")]
+
+
+def test_a_difference_of_efforts_is_said(runs, tmp_path):
+    c = compare(runs[0], store(tmp_path / "o", AFTER, effort="quick"))
+    assert c.robust is not None
+    assert "The efforts differ (standard and quick)" in c.notes[0]
+    assert c.notes[0] in " ".join(printed(c, 200).split())
+
+
+def test_certified_accuracy_is_compared_where_both_runs_have_proofs(tmp_path):
+    proofs = [store(tmp_path / n, AFTER, prove={"method": "crown"}, lower=low) for n, low in (("a", 0.0), ("b", 0.3))]
+    c = compare(*proofs)
+    assert (c.certified.a, c.certified.b) == (0, 26)
+    assert c.bootstrap.certified[0] > 0
+    without = compare(proofs[1], store(tmp_path / "o", AFTER))
+    assert without.certified is None
+    assert "only one run has proofs" in without.notes[0]
+    smoothed = compare(proofs[1], store(tmp_path / "s", AFTER, prove={"method": "smoothing"}, lower=0.3))
+    assert smoothed.certified is None
+    assert "smoothed classifier" in smoothed.notes[0]
+
+
+# resampling
+
+
+def test_the_bootstrap_agrees_with_one_of_another_library():
+    """Both draw pairs and take percentiles; 4,000 resamples leave an end uncertain by a few of its standard errors."""
+    draws = np.random.default_rng(0)
+    a = draws.lognormal(size=120)
+    b = a * draws.lognormal(0.2, 0.3, size=120)
+
+    def shift(x, y, axis=-1):
+        return np.median(y, axis=axis) - np.median(x, axis=axis)
+
+    odd = slice(119)  # the lower of two middle values is the median only where there is one in the middle
+    ours = bootstrap(shift, a[odd], b[odd], resamples=4000)
+    theirs = resampled_by_scipy((a[odd], b[odd]), shift, paired=True, n_resamples=4000, method="percentile", rng=draws)
+    assert ours == pytest.approx(theirs.confidence_interval, abs=0.02)
+
+
+def test_the_bootstrap_of_a_share_has_the_percentiles_of_the_binomial():
+    hits = np.arange(50) < 20
+    low, high = bootstrap(lambda v: v.mean(-1), hits, resamples=20_000)
+    assert (low, high) == pytest.approx((13 / 50, 27 / 50), abs=0.011)
+
+
+def test_every_resample_of_three_pairs_is_drawn_as_often_as_the_others():
+    """All 27 are drawn: of 1, 2 and 4 the lower median is 1 in 7 of 27, 2 in 13, and 4 in 7."""
+    values = np.array([1.0, 2.0, 4.0])
+    seen = []
+    bootstrap(lambda v: seen.append(lower_median(v)) or seen[-1], values, resamples=27_000)
+    _, times = np.unique(np.concatenate(seen), return_counts=True)
+    middle = [sorted(r)[1] for r in itertools.product(values, repeat=3)]
+    expected = [1000 * middle.count(v) for v in values]
+    assert times == pytest.approx(expected, rel=0.04)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+    values = np.random.default_rng(0).normal(size=50)
+    first, again, other = (bootstrap(lower_median, values, resamples=100, seed=s) for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_bootstrap_of_the_turned_comparison_is_turned(runs):
+    c, d = compare(*runs).bootstrap, compare(*runs[::-1]).bootstrap
+    assert d.robust == pytest.approx([-v for v in c.robust[::-1]])
+    assert d.median == pytest.approx([-v for v in c.median[::-1]])
+
+
+def test_a_median_that_was_not_found_is_infinite_and_its_interval_too(tmp_path):
+    a, b = store(tmp_path / "a", [0.1] * 20), store(tmp_path / "b", [INF] * 20)
+    c = compare(a, b)
+    assert (c.sizes.median_a, c.sizes.median_b, c.sizes.difference) == (0.1, INF, INF)
+    assert (c.bootstrap.median, c.bootstrap.ratio) == ((INF, INF), (INF, INF))
+    plain = json.loads(json.dumps(c.to_json(), allow_nan=False))
+    assert plain["bootstrap"]["median"] == [None, None]
+    assert "none found in b" in printed(c)
+
+
+# class by class, attack by attack, sample by sample
+
+LABELS = [i % 3 for i in range(40)]
+
+
+@pytest.fixture
+def classed(tmp_path):
+    named = {"of_data": {"class_names": ["cat", "dog", "owl"]}, "labels": LABELS}
+    fallen_to = {"broken_by": ["apgd" if i % 2 else "square" for i in range(40)]}
+    a = store(tmp_path / "a", BEFORE, **named, **fallen_to)
+    return a, store(tmp_path / "b", AFTER, model="bb", name="hardened", **named, **fallen_to)
+
+
+def test_classes_add_up_to_the_whole(classed):
+    c = compare(*classed)
+    assert [p.name for p in c.classes] == ["cat", "dog", "owl"]
+    for cell in ("n", "both", "only_a", "only_b", "neither"):
+        assert sum(getattr(p.robust, cell) for p in c.classes) == getattr(c.robust, cell)
+        assert sum(getattr(p.clean, cell) for p in c.classes) == getattr(c.clean, cell)
+
+
+def test_the_p_values_of_classes_are_corrected_for_their_number(classed):
+    c = compare(*classed)
+    assert [p.p_value for p in c.classes] == holm([p.robust.p_value for p in c.classes])
+    assert all(p.p_value > p.robust.p_value for p in c.classes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holms_correction_is_that_of_the_closed_test(seed):
+    """A hypothesis falls if every set with it falls in a Bonferroni test: its p-value is the largest of theirs."""
+    p = np.random.default_rng(seed).beta(0.4, 1, size=5).tolist()
+    sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+    closed = [max(min(1.0, len(s) * min(p[j] for j in s)) for s in sets if i in s) for i in range(5)]
+    assert holm(p) == pytest.approx(closed)
+
+
+def test_attacks_are_counted_on_both_sides(classed):
+    c = compare(*classed)
+    assert {(s.name, s.a, s.b) for s in c.stages} == {("apgd", 14, 7), ("square", 14, 6)}
+    assert sum(s.b for s in c.stages) == c.clean.b - c.robust.b
+
+
+def test_every_sample_that_changed_sides_is_named_with_how_it_fell(classed):
+    c = compare(*classed[::-1])
+    assert len(c.changes) == c.robust.only_a + c.robust.only_b == 16
+    assert {x.held_by for x in c.changes} == {"a"}
+    first, last = c.changes[0], c.changes[-1]
+    assert (first.index, first.label, first.broken_by, first.size, first.status) == (10, 1, "square", 0.1, "fooled")
+    assert (last.index, last.broken_by, last.size, last.status) == (38, None, 0, "misclassified")
+    shown = printed(c)
+    assert "the first 10 of 16" in shown
+    assert re.search(r"#10\s+dog\s+a\s+fooled as owl\s+square\s+0\.1", shown)
+
+
+# the page
+
+
+def test_the_page_shows_both_runs_their_classes_attacks_and_changes(classed):
+    page = render_comparison(*classed, compare(*classed))
+    for part in ("+40.0<small> points", "owl", "square", "Robust in hardened, not in net: 16", "wrong as it is"):
+        assert part in page, part
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert "<script" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", page)
+
+
+def test_pictures_are_of_those_that_changed_sides(tmp_path):
+    fallen = {"index": np.array([1, 2]), "x": np.full((2, 1, 8, 8), 0.5, np.float32)}
+    fallen |= {"clean": np.zeros((2, 1, 8, 8), np.float32)}
+    a = store(tmp_path / "a", [INF, INF, 0.1])
+    b = store(tmp_path / "b", [INF, 0.2, 0.2], adversarials=fallen)
+    page = render_comparison(a, b, compare(a, b))
+    assert page.count("<img ") == 3
+    assert "Sample 1, adversarial" in page
+    assert "Sample 2, adversarial" not in page
+
+
+def test_pictures_that_cannot_be_read_are_missed_and_said(tmp_path):
+    a, b = store(tmp_path / "a", [INF] * 2), store(tmp_path / "b", [0.2] * 2, adversarials={"index": np.array([0, 1])})
+    for file in (b.path / "adversarials").iterdir():
+        file.write_bytes(b"no archive")
+    assert "cannot be read" in render_comparison(a, b, compare(a, b))
+
+
+@pytest.mark.parametrize("seen", [{"eps": None, "text": "linf"}, {"norm": "l2", "text": "l2:1"}, {"eps": 0.1}])
+def test_there_is_a_page_whatever_is_comparable(seen, runs, tmp_path):
+    other = store(tmp_path / "o", AFTER, threat=seen)
+    assert conclusion(compare(runs[0], other)).split(":")[0] in render_comparison(*runs, compare(runs[0], other))
+
+
+HOSTILE = "<script>alert(1)</script>\x1b]0;owned\x07\u202e"
+
+
+def test_hostile_names_do_nothing_on_the_page_and_in_the_terminal(tmp_path):
+    names = {"of_data": {"class_names": [HOSTILE] * 4, "name": HOSTILE}, "name": HOSTILE, "broken_by": [HOSTILE] * 4}
+    a, b = store(tmp_path / "a", [INF] * 4, **names), store(tmp_path / "b", [0.1] * 4, **names | {"model": "bb"})
+    c = compare(a, b)
+    page, shown = render_comparison(a, b, c), printed(c)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "alert(1)" in shown
+
+
+def test_the_command_writes_the_page_and_says_where(classed, tmp_path):
+    folders = [str(r.path) for r in classed]
+    file = tmp_path / "pages" / "both.html"
+    told = CliRunner().invoke(app, ["compare", *folders, "--out", str(file), "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["page"] == str(file)
+    assert "hardened" in file.read_text(encoding="utf-8")
+    assert {"classes", "stages", "changes", "bootstrap", "notes", "certified"} <= found.keys()
+    assert len(found["changes"]) == 16
 
 
 # words
@@ -266,3 +502,14 @@ def test_runs_that_cannot_be_compared_end_with_code_3(runs, tmp_path):
 def test_runs_are_compared_without_torch():
     code = "import sys, assay.runs.compare, assay.reports.paired; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_page_of_the_documentation_shows_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    lines = re.search(r"(?ms)^```sh\n(.*?)^```$", page)[1].splitlines()
+    said = [CliRunner().invoke(app, [*shlex.split(line)[1:], "--quiet"], catch_exceptions=False) for line in lines]
+    assert [done.exit_code for done in said] == [0, 0, 0]
+    assert said[-1].stdout.split() == re.search(r"(?ms)^```text\n(The robust.*?)^```$", page)[1].split()
+    assert (tmp_path / "comparison.html").is_file()
+    exec(compile(re.search(r"(?ms)^```python\n(.*?)^```$", page)[1], "compare.md", "exec"), {})

@@ -1,7 +1,8 @@
 """Two runs on the same samples, compared pair by pair, with tests of significance."""
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, final
 
@@ -10,10 +11,40 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from assay.core.errors import RunError
-from assay.runs.schema import ROBUST, UNATTACKED
+from assay.runs.comparable import Identity, Terms, part, states
+from assay.runs.paired import (
+    RESAMPLES,
+    Bootstrap,
+    Flags,
+    Floats,
+    Shares,
+    Sizes,
+    bootstrap,
+    difference_interval,
+    holm,
+    lower_median,
+    paired_sizes,
+    shares,
+    sizes,
+)
 from assay.runs.store import Run
 
-Flags: TypeAlias = NDArray[np.bool_]
+__all__ = [
+    "Change",
+    "ClassPair",
+    "Comparison",
+    "Shares",
+    "Side",
+    "Sizes",
+    "StagePair",
+    "compare",
+    "difference_interval",
+    "shares",
+    "sizes",
+]
+
+
+Both: TypeAlias = tuple[Flags, Flags]
 
 
 @final
@@ -30,47 +61,46 @@ class Side:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """How many of ``n`` paired samples have a property in both runs, in one of them only, or in neither.
+class ClassPair:
+    """The samples of one class in both runs.
 
-    ``difference`` is the share in b minus the share in a, ``interval`` Newcombe's (1998), ``p_value`` that of McNemar's
-    exact test of no difference.
+    ``p_value`` is that of ``robust``, or of ``clean`` where there is no robust accuracy, corrected by Holm's method for
+    the number of classes.
     """
 
-    n: int
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-    difference: float
-    interval: tuple[float, float]
+    number: int
+    name: str
+    clean: Shares
+    robust: Shares | None
     p_value: float
-
-    @property
-    def a(self) -> int:
-        """Return how many have it in run a."""
-        return self.both + self.only_a
-
-    @property
-    def b(self) -> int:
-        """Return how many have it in run b."""
-        return self.both + self.only_b
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The sizes of the smallest changes that fool, on the ``n`` samples that both runs get right and one or both break.
+class StagePair:
+    """How many of the paired samples the attack of this name broke in each run."""
 
-    ``ratio`` is the median of size in b over size in a (the lower of two middle ones), inf where b was not fooled.
-    ``p_value`` is that of the sign test of equal sizes, which leaves ties out.
+    name: str
+    a: int
+    b: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A sample that stands in one run only, ``held_by`` a or b; the rest says how it fell in the other one.
+
+    ``status`` is ``misclassified`` where it is wrong as it is: its ``size`` is 0, and there is no attack.
     """
 
-    n: int
-    larger_in_a: int
-    larger_in_b: int
-    ratio: float
-    p_value: float
+    index: int
+    label: int
+    held_by: str
+    status: str
+    prediction: int
+    adversarial_prediction: int | None
+    broken_by: str | None
+    size: float
 
 
 @final
@@ -78,8 +108,11 @@ class Sizes:
 class Comparison:
     """Two runs on the same samples.
 
-    ``robust`` is None where a run has no eps, ``sizes`` where the runs did not search within the same ball.
-    ``differs`` names what is not the same in both: of model, threat, effort, seed and assay.
+    ``robust`` is the robust accuracy at ``eps``, the smaller of the two; None where there is no such eps, or the
+    threats differ in more than that. ``certified`` is that at the same eps, where both runs have proofs. ``sizes`` is
+    None where the runs did not search within the same ball. ``differs`` names what is not the same in both: of model,
+    threat, effort, seed and assay; ``notes`` say in sentences what follows from it. ``changes`` are the samples that
+    are robust in one run only; where there is no robust accuracy, those that are right in one only.
     """
 
     a: Side
@@ -87,27 +120,48 @@ class Comparison:
     n: int
     confidence: float
     differs: tuple[str, ...]
+    notes: tuple[str, ...]
+    eps: float | None
     clean: Shares
     robust: Shares | None
+    certified: Shares | None
     sizes: Sizes | None
+    bootstrap: Bootstrap
+    classes: tuple[ClassPair, ...]
+    stages: tuple[StagePair, ...]
+    changes: tuple[Change, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain JSON; an infinite ratio becomes None."""
-        plain = asdict(self)
-        if self.sizes and not np.isfinite(self.sizes.ratio):
-            plain["sizes"]["ratio"] = None
-        return plain
+        """Return everything as plain JSON; what is infinite becomes None."""
+        return _finite(asdict(self))  # type: ignore[no-any-return]
 
 
-def compare(a: Run | str | os.PathLike[str], b: Run | str | os.PathLike[str], confidence: float = 0.95) -> Comparison:
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def compare(
+    a: Run | str | os.PathLike[str],
+    b: Run | str | os.PathLike[str],
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
     """Compare two runs on the same data, sample by sample: the difference of b from a.
 
-    Models, threats and efforts may differ. Of runs that were interrupted the samples that both hold are compared.
+    Models, threats and efforts may differ; ``notes`` say what is comparable then. Of runs that were interrupted the
+    samples that both hold are compared.
 
     Args:
         a: a run, or its folder.
         b: another.
         confidence: of the intervals.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
         RunError: the runs are on different data (the message says what differs), or have no sample in common.
@@ -115,100 +169,111 @@ def compare(a: Run | str | os.PathLike[str], b: Run | str | os.PathLike[str], co
     runs = [v if isinstance(v, Run) else Run.read(v) for v in (a, b)]
     _check_data(*runs)
     tables = [run.samples() for run in runs]
-    first, second = _paired(*tables)
-    if not len(first):
+    pair = _paired(*tables)
+    if not len(pair[0]):
         held = " and ".join(str(len(t)) for t in tables)
         raise RunError("two runs with samples in common", f"{held} samples, none in both", "Let the runs go on.")
-    sides = [_side(run, len(table)) for run, table in zip(runs, tables, strict=True)]
-    identities = [_identity(run) for run in runs]
-    bounded = all(_threat(i).get("eps") is not None and i.get("effort") != UNATTACKED for i in identities)
-    alike = len({(_threat(i).get("norm"), _threat(i).get("eps")) for i in identities}) == 1
-    right = [_status(t) != "misclassified" for t in (first, second)]
-    robust = [_status(t) == ROBUST for t in (first, second)]
+    terms = Terms.of(*map(_identity, runs))
+    right = ~states(pair[0], "misclassified"), ~states(pair[1], "misclassified")
+    robust = _each(terms.robust, pair) if terms.eps is not None and terms.attacked else None
+    proven = _each(terms.proven, pair) if terms.eps is not None and terms.proved else None
+    found = pair[0]["size"].to_numpy(), pair[1]["size"].to_numpy()
+    measured = sizes(*found) if terms.searched_alike else None
+    side_a, side_b = (_side(run, len(table)) for run, table in zip(runs, tables, strict=True))
     return Comparison(
-        a=sides[0],
-        b=sides[1],
-        n=len(first),
+        a=side_a,
+        b=side_b,
+        n=len(pair[0]),
         confidence=confidence,
-        differs=tuple(_differences(*identities)),
-        clean=shares(right[0], right[1], confidence),
-        robust=shares(robust[0], robust[1], confidence) if bounded else None,
-        sizes=sizes(first["size"].to_numpy(), second["size"].to_numpy()) if alike else None,
+        differs=tuple(_differences(*map(_identity, runs))),
+        notes=tuple(terms.notes()),
+        eps=terms.eps,
+        clean=shares(*right, confidence),
+        robust=shares(*robust, confidence) if robust else None,
+        certified=shares(*proven, confidence) if proven else None,
+        sizes=measured,
+        bootstrap=_bootstrap(robust, proven, found if measured else None, confidence, resamples, seed),
+        classes=tuple(_classes(pair[0]["label"].to_numpy(), right, robust, _names(runs), confidence)),
+        stages=tuple(_stages(pair, robust)) if terms.ball else (),
+        changes=tuple(_changes(pair, robust or right)),
     )
 
 
-def shares(a: Flags, b: Flags, confidence: float = 0.95) -> Shares:
-    """Compare how often a property (n,) holds in two runs on the same samples.
-
-    The test is McNemar's, exact: where the runs differ, either is equally likely to have it.
-
-    References: McNemar (1947), Psychometrika 12(2), 153-157.
-    """
-    both, only_a, only_b, neither = (int(v.sum()) for v in (a & b, a & ~b, ~a & b, ~a & ~b))
-    return Shares(
-        n=len(a),
-        both=both,
-        only_a=only_a,
-        only_b=only_b,
-        neither=neither,
-        difference=(only_b - only_a) / len(a),
-        interval=difference_interval(both, only_a, only_b, neither, confidence),
-        p_value=_coin(only_a, only_b),
-    )
+def _each(of: Callable[[pa.Table, int], Flags], pair: tuple[pa.Table, pa.Table]) -> Both:
+    return of(pair[0], 0), of(pair[1], 1)
 
 
-def difference_interval(
-    both: int, only_a: int, only_b: int, neither: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Return the interval of the difference, b minus a, of two shares of the same samples.
-
-    Wilson's score intervals of the two shares are combined, with their correlation, corrected for continuity.
-
-    References: Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
-    paired data, Statistics in Medicine 17, 2635-2650, method 10.
-    """
-    n = both + only_a + only_b + neither
-    (a, a_low, a_high), (b, b_low, b_high) = (_wilson(both + k, n, confidence) for k in (only_a, only_b))
-    spread = np.sqrt(float(both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither))
-    product = float(both * neither - only_a * only_b)
-    phi = (max(product - n / 2, 0.0) if product > 0 else product) / spread if spread else 0.0
-    down, up = (b - b_low, a_high - a), (b_high - b, a - a_low)
-    low, high = (np.sqrt(u * u - 2 * phi * u * v + v * v) for u, v in (down, up))
-    return float(b - a - low), float(b - a + high)
-
-
-def _wilson(hits: int, n: int, confidence: float) -> tuple[float, float, float]:
-    """Return a share with its score interval (Wilson 1927)."""
-    from scipy.special import ndtri
-
-    z, share = float(ndtri((1 + confidence) / 2)), hits / n
-    middle, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return share, low, high
+def _bootstrap(
+    robust: Both | None,
+    proven: Both | None,
+    found: tuple[Floats, Floats] | None,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Bootstrap:
+    """Resample whatever is compared; None stands for what is not."""
+    terms: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    flags = {"robust": robust, "certified": proven}
+    gained = {k: bootstrap(_mean, v[1].astype(float) - v[0], **terms) if v else None for k, v in flags.items()}
+    median = ratio = None
+    if found:
+        a, b = paired_sizes(*found)
+        median, ratio = bootstrap(_shift, a, b, **terms), bootstrap(lower_median, b / a, **terms)
+    return Bootstrap(resamples, seed, **gained, median=median, ratio=ratio)
 
 
-def sizes(a: NDArray[np.float64], b: NDArray[np.float64]) -> Sizes | None:
-    """Compare sizes (n,), 0 for samples that are wrong as they are and inf where none was found; None without a pair.
-
-    Both searches must have gone equally far: only then is what was not found in one larger than what was in the other.
-    """
-    pairs = (a > 0) & (b > 0) & (np.isfinite(a) | np.isfinite(b))
-    if not pairs.any():
-        return None
-    ratios = np.sort(b[pairs] / a[pairs])
-    less, more = int((ratios < 1).sum()), int((ratios > 1).sum())
-    return Sizes(len(ratios), less, more, float(ratios[(len(ratios) - 1) // 2]), _coin(less, more))
+def _mean(values: Floats) -> Floats:
+    return np.asarray(values.mean(axis=-1))
 
 
-def _coin(heads: int, tails: int) -> float:
-    """Return the two-sided p-value of the exact test that a coin is fair."""
-    from scipy.stats import binomtest
+def _shift(a: Floats, b: Floats) -> Floats:
+    return lower_median(b) - lower_median(a)
 
-    return float(binomtest(heads, heads + tails).pvalue) if heads + tails else 1.0
+
+def _classes(
+    label: NDArray[np.int64], right: Both, robust: Both | None, names: list[Any], confidence: float
+) -> Iterator[ClassPair]:
+    """Compare class by class."""
+    found = []
+    for c in np.unique(label).tolist():
+        of = label == c
+        told = shares(robust[0][of], robust[1][of], confidence) if robust else None
+        found.append((c, shares(right[0][of], right[1][of], confidence), told))
+    corrected = holm([(told or clean).p_value for _, clean, told in found])
+    for (c, clean, told), p in zip(found, corrected, strict=True):
+        yield ClassPair(c, str(names[c]) if 0 <= c < len(names) else str(c), clean, told, p)
+
+
+def _stages(pair: tuple[pa.Table, pa.Table], robust: Both | None) -> Iterator[StagePair]:
+    """Count what each attack broke, those that broke most first."""
+    counts = []
+    for i, table in enumerate(pair):
+        fallen = states(table, "fooled") & (~robust[i] if robust else True)
+        counts.append(Counter(str(v or "?") for v in table.filter(fallen)["broken_by"].to_pylist()))
+    a, b = counts
+    for name in sorted(a | b, key=lambda n: (-a[n] - b[n], n)):
+        yield StagePair(name, a[name], b[name])
+
+
+def _changes(pair: tuple[pa.Table, pa.Table], held: Both) -> Iterator[Change]:
+    """List the samples that stand in one run only, in the order of their indices."""
+    columns = ["index", "label", "status", "prediction", "adversarial_prediction", "broken_by", "size"]
+    told = [
+        {"held_by": "ab"[i]} | row
+        for i in (0, 1)
+        for row in pair[1 - i].filter(held[i] & ~held[1 - i]).select(columns).to_pylist()
+    ]
+    yield from (Change(**row) for row in sorted(told, key=lambda row: row["index"]))
+
+
+def _names(runs: list[Run]) -> list[Any]:
+    """Return the class names of the first run that has any."""
+    given = (part(run.manifest, "data").get("class_names") for run in runs)
+    return next((names for names in given if isinstance(names, list)), [])
 
 
 def _check_data(a: Run, b: Run) -> None:
-    marks = [_part(run.manifest, "data") for run in (a, b)]
+    marks = [part(run.manifest, "data") for run in (a, b)]
     if marks[0].get("fingerprint") == marks[1].get("fingerprint") and marks[0].get("fingerprint"):
         return
     told = [f"{m.get('name')}, {m.get('n')} samples of shape {m.get('shape')}, {_short(m)}" for m in marks]
@@ -230,33 +295,20 @@ def _paired(a: pa.Table, b: pa.Table) -> tuple[pa.Table, pa.Table]:
     return a.take(at), b.take(to)
 
 
-def _status(table: pa.Table) -> NDArray[np.object_]:
-    return np.asarray(table["status"].to_pylist(), dtype=object)
-
-
-def _part(value: Any, key: str) -> dict[str, Any]:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    return _part(run.manifest, "identity")
-
-
-def _threat(identity: dict[str, Any]) -> dict[str, Any]:
-    return _part(identity, "threat")
+def _identity(run: Run) -> Identity:
+    return part(run.manifest, "identity")
 
 
 def _side(run: Run, samples: int) -> Side:
     identity = _identity(run)
     return Side(
         run=str(run.path),
-        model=str(_part(run.manifest, "model").get("name", "?")),
-        threat=str(_threat(identity).get("text", "?")),
+        model=str(part(run.manifest, "model").get("name", "?")),
+        threat=str(part(identity, "threat").get("text", "?")),
         effort=str(identity.get("effort", "?")),
         samples=samples,
     )
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> Iterable[str]:
+def _differences(a: Identity, b: Identity) -> Iterable[str]:
     return (key for key in ("model", "threat", "effort", "seed", "assay") if a.get(key) != b.get(key))

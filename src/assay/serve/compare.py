@@ -6,7 +6,6 @@ from assay.reports.paired import conclusion, factor, p_text, points
 from assay.reports.text import DASH, count, percent
 from assay.runs import Run
 from assay.runs.compare import Comparison, Shares, compare
-from assay.runs.schema import ROBUST
 from assay.serve.catalogue import Kept
 from assay.serve.elements import Element, h, kept_together, link, table
 from assay.serve.home import Query
@@ -27,12 +26,13 @@ def page(shelf: Shelf, query: Query) -> Element:
     return h(
         "Div",
         h("H1", kept_together(conclusion(c))),
+        *(h("P", note) for note in c.notes),
         table(["", "a", "b"], _sides(c, a, b)),
         h("H3", "What the two found"),
         table(
             ["", "a", "b", "b minus a, points", "interval", "exact McNemar test"], _figures(c), numbers=(1, 2, 3, 4, 5)
         ),
-        *([] if c.robust is None else [h("H3", "Sample by sample"), _four(c.robust), *_changed(a, b)]),
+        *([] if c.robust is None else [h("H3", "Sample by sample"), _four(c.robust), *_changed(c, a, b)]),
     )
 
 
@@ -65,12 +65,9 @@ def _four(s: Shares) -> Element:
     return table(["", "robust in b", "not in b"], rows, numbers=(1, 2))
 
 
-def _changed(a: Kept, b: Kept) -> list[Element]:
+def _changed(c: Comparison, a: Kept, b: Kept) -> list[Element]:
     """Return the samples that are robust in one run only."""
-    status = [dict(zip(*(run.samples[k].to_pylist() for k in ("index", "status")), strict=True)) for run in (a, b)]
-    both = sorted(status[0].keys() & status[1].keys())
-    lost = [i for i in both if status[0][i] == ROBUST and status[1][i] != ROBUST]
-    won = [i for i in both if status[0][i] != ROBUST and status[1][i] == ROBUST]
+    lost, won = ([x.index for x in c.changes if x.held_by == side] for side in "ab")
     name_a, name_b = _called(a, b)
     found: list[Element] = []
     for title, indices, in_ in (
