@@ -7,11 +7,12 @@
 
 A query is one row that goes through the network. What counts is the first row inside ball and box at which the network
 is wrong: a sample's *queries* are those up to it; a sample without such a row within ``--budget`` is a failure, and
-counts as infinitely many in the median, and as the whole budget in *mean of all*; *mean* is over the others. Only
-samples that the network gets right are attacked. Attacks of assay count at their own door to the model (the first
-success is verified by one more query, which is left out), all samples together; the others get one sample at a time
-and a recorder round the network, which also ends them: what an attack knows, or makes of what it has seen, does not
-matter. The ball is meant as a float32 number: a size may exceed it by a rounding error.
+counts as infinitely many in the median, and as the whole budget in *mean of all*; *mean* is over the others; *spread*
+is the standard deviation of the *mean of all* from seed to seed. Only samples that the network gets right are
+attacked. Attacks of assay count at their own door to the model (the first success is verified by one more query, which
+is left out), all samples together; the others get one sample at a time and a recorder round the network, which also
+ends them: what an attack knows, or makes of what it has seen, does not matter. The ball is meant as a float32 number: a
+size may exceed it by a rounding error.
 
 Parameters of the peers are their defaults, except for: what the budget says; and where a comment gives a reason.
 Decision attacks are those of ``_black_box_decision.py``. The peers are installed as ``minimal_norm.py`` says.
@@ -57,6 +58,7 @@ class Ours:
     params: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
     per_step: int = 1  # queries
+    one_draw: bool = False  # all samples draw the same random numbers, as if they were one batch of an original
     library: str = "assay"
 
 
@@ -143,7 +145,8 @@ def art_attack(name: str, params: Params) -> Callable[[str, float], Attack]:
 
 
 def _ta_square(s: Setting) -> dict[str, Any]:
-    return {"norm": s.norm.capitalize(), "eps": s.eps, "n_queries": s.budget}
+    # Its seed is 0 for every call: all samples would draw the same windows.
+    return {"norm": s.norm.capitalize(), "eps": s.eps, "n_queries": s.budget, "seed": torch.initial_seed()}
 
 
 def _ta_spsa(s: Setting) -> dict[str, Any]:
@@ -178,6 +181,7 @@ def _art_pixel(s: Setting) -> dict[str, Any]:
 
 SCORE: tuple[Ours | Peer, ...] = (
     Ours("square", ("linf", "l2", "l1")),
+    Ours("square", ("linf", "l2", "l1"), {}, "one window a batch", one_draw=True),
     Peer("square", "torchattacks", ("linf", "l2"), torchattacks_attack("Square", _ta_square)),
     Peer("square", "ART", ("linf", "l2"), art_attack("SquareAttack", _art_square)),
     Ours("spsa", ("linf", "l2"), per_step=65),
@@ -215,63 +219,67 @@ KINDS: dict[str, tuple[Ours | Peer, ...]] = {"score": SCORE, "decision": tuple(_
 
 @dataclass(frozen=True)
 class Row:
-    """What came out: the queries of each sample up to its first success, inf without one."""
+    """What came out: the queries of each sample up to its first success, inf without one, seed after seed."""
 
     threat: str
     attack: str
     library: str
-    queries: tuple[float, ...]
+    queries: tuple[tuple[float, ...], ...]
     budget: int
     seconds: float  # of CPU time
     problem: str = ""
 
     def cells(self) -> tuple[str, ...]:
         if self.problem:
-            return (self.attack, self.library, self.problem, "", "", "", "")
-        found = [q for q in self.queries if q <= self.budget]
-        failures = 1 - len(found) / len(self.queries)
-        middle = float(np.median(self.queries))
-        mean = f"{np.mean(found):.0f}" if found else ""
-        overall = np.mean([min(q, self.budget) for q in self.queries])
+            return (self.attack, self.library, self.problem, "", "", "", "", "")
+        queries = np.array(self.queries)
+        found, spent = queries[queries <= self.budget], np.minimum(queries, self.budget)
+        middle, failures = float(np.median(queries)), 1 - len(found) / queries.size
+        mean = f"{found.mean():.0f}" if len(found) else ""
+        spread = f"{spent.mean(1).std(ddof=1):.1f}" if len(queries) > 1 else ""
         median = f"{middle:.0f}" if math.isfinite(middle) else f"> {self.budget}"
-        return (self.attack, self.library, median, mean, f"{overall:.0f}", f"{failures:.0%}", f"{self.seconds:.0f}")
+        overall = f"{spent.mean():.0f}"
+        return (self.attack, self.library, median, mean, overall, spread, f"{failures:.0%}", f"{self.seconds:.0f}")
 
 
-HEAD = ("attack", "library", "median", "mean", "mean of all", "failures", "seconds")
+HEAD = ("attack", "library", "median", "mean", "mean of all", "spread", "failures", "seconds")
 
 
-def ours(c: Ours, case: Case, threat: assay.Threat, budget: int) -> tuple[float, ...]:
+def ours(c: Ours, case: Case, threat: assay.Threat, budget: int, seed: int) -> tuple[float, ...]:
     """Attack all samples together; the last pass of each that fell was to verify."""
     attack = assay.attacks.get(c.attack, steps=-(-budget // c.per_step), **c.params)
     x, y = case.x[case.right], case.y[case.right]
-    r = attack(assay.Model(case.net), x, y, threat, max_passes=budget + 1)
+    draws = {"indices": torch.zeros(len(x), dtype=torch.int64)} if c.one_draw else {}
+    r = attack(assay.Model(case.net), x, y, threat, seed, max_passes=budget + 1, **draws)
     queries = torch.where(r.success, (r.forwards - 1).double(), torch.inf)
     return tuple(queries.tolist())
 
 
-def theirs(c: Peer, case: Case, threat: assay.Threat, budget: int) -> tuple[float, ...]:
+def theirs(c: Peer, case: Case, threat: assay.Threat, budget: int, seed: int) -> tuple[float, ...]:
     """Attack one sample after the other, each until its first success."""
     assert threat.eps is not None
     attack, found = c.make(threat.norm.name, threat.eps), []
     for i in case.right.nonzero()[:, 0].tolist():
         x, y = case.x[i : i + 1], case.y[i : i + 1]
         net = Until(Recorder(case.net, x, int(y), threat.norm.name, budget), threat.eps)
-        random.seed(i)
-        np.random.seed(i)  # noqa: NPY002  # the global generator is the one that the peers draw from
-        torch.manual_seed(i)
+        word = 100_000 * seed + i
+        random.seed(word)
+        np.random.seed(word)  # noqa: NPY002  # the global generator is the one that the peers draw from
+        torch.manual_seed(word)
         with contextlib.suppress(SpentError):
             attack(net.eval(), x.clone(), y.clone(), budget)
         found.append(net.queries())
     return tuple(found)
 
 
-def measured(c: Ours | Peer, case: Case, text: str, budget: int) -> Row:
-    """Run one attack under the clock."""
+def measured(c: Ours | Peer, case: Case, text: str, budget: int, seeds: int) -> Row:
+    """Run one attack under the clock, once for each seed."""
     threat, name = assay.Threat.parse(text), f"{c.attack}, {c.variant}" if c.variant else c.attack
-    queries: tuple[float, ...] = (math.inf,)
+    queries: tuple[tuple[float, ...], ...] = ((math.inf,),)
+    run: Callable[..., tuple[float, ...]] = ours if isinstance(c, Ours) else theirs
     begun, problem = time.process_time(), ""
     try:
-        queries = ours(c, case, threat, budget) if isinstance(c, Ours) else theirs(c, case, threat, budget)
+        queries = tuple(run(c, case, threat, budget, seed) for seed in range(seeds))
     except Exception as e:  # a row of the table, whatever it is
         missing = isinstance(e, ModuleNotFoundError)
         problem = f"not installed: {e.name}" if missing else f"{type(e).__name__}: {e}".splitlines()[0][:60]  # type: ignore[attr-defined]
@@ -284,7 +292,7 @@ def rows(case: Case, args: argparse.Namespace) -> Iterator[Row]:
         for c in (c for kind in args.kinds for c in KINDS[kind]):
             wanted = chosen(c.attack, args.only) and chosen(c.library, args.libraries)
             if wanted and text.split(":")[0] in c.norms:
-                yield measured(c, case, text, args.budget)
+                yield measured(c, case, text, args.budget, args.seeds)
 
 
 # --- tables
@@ -312,6 +320,7 @@ def _arguments() -> argparse.Namespace:
     add("--cifar", type=Path, nargs=2, metavar=("WEIGHTS", "PARQUET"), help="a ResNet-20 and CIFAR-10 images instead")
     add("--threats", nargs="+", metavar="NORM:EPS", help=f"default: {' '.join(MNIST)}; CIFAR: {' '.join(CIFAR)}")
     add("--budget", type=int, default=2000, help="queries a sample")
+    add("--seeds", type=int, default=1, help="runs of each attack; medians and means are over all of them")
     add("--kinds", nargs="+", choices=tuple(KINDS), default=("score",))
     add("--only", nargs="+", metavar="ATTACK", help="these attacks")
     add("--libraries", nargs="+", metavar="NAME", help="assay, torchattacks, Foolbox, ART; default: all")

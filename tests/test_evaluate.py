@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -300,3 +301,12 @@ def test_wrong_requests_are_refused_before_any_work(digits):
 def test_the_result_is_readable_at_a_glance(whole):
     assert f"robust_accuracy={whole.robust_accuracy:.4f}" in repr(whole)
     assert isinstance(whole.samples, pa.Table)
+
+
+@pytest.mark.parametrize(("natural", "said"), [("common", r"assay\[corruptions\]"), ("fgo", "fog")])
+def test_corruptions_that_cannot_be_made_are_refused_before_the_model_is_asked(natural, said, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    net = Counting(nn.Flatten())
+    with pytest.raises(AssayError, match=said):
+        assay.evaluate(net, (torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)), "linf:0.1", natural=natural)
+    assert net.forwards == 0

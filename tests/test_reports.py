@@ -706,3 +706,15 @@ def test_progress_lets_an_interrupt_through():
 def test_reports_do_not_import_torch():
     code = "import sys, assay.reports; sys.exit(any(m in sys.modules for m in ('torch', 'plotly')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_hostile_manifest_says_of_corruptions_is_left_out_or_escaped() -> None:
+    """Only known corruptions, and shares that are shares."""
+    from assay.reports.natural import natural
+
+    assert natural({}) is None
+    assert natural({"natural": [{"name": "<script>"}, 7, None]}) is None
+    told = {"name": "fog", "severities": [1, 2, 9, "x"], "accuracy": [0.5, 7, 0.1, None], "interval": [[0, 1], "?"]}
+    fog = natural({"natural": [told]}).worst
+    assert [r.value for r in fog.rates] == [0.5, None, None, None, None]
+    assert fog.mean == 0.5

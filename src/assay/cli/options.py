@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from assay.core.errors import AssayError
+from assay.core.plain import without_controls
 
 if TYPE_CHECKING:
     from assay.data import Data
@@ -90,7 +91,7 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except AssayError as e:
             errors.print(f"[bold red]error[/bold red] ({type(e).__name__})", end=" ")
-            errors.print(str(e), markup=False, soft_wrap=True)
+            errors.print(without_controls(str(e)), markup=False, soft_wrap=True)
             raise typer.Exit(e.exit_code) from e
         except KeyboardInterrupt:
             errors.print("interrupted; what was stored is kept. To go on:")

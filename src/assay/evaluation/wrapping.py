@@ -88,7 +88,7 @@ def _reread(x: Tensor) -> Tensor:
 
 
 _RANGE = "The network was trained on inputs from {0} to {1}: the model must bring them there."
-_SCALE = "Give it inputs in its own units and say so (--box {0},{1}), or divide inside the model (--mean, --std)."
+_SCALE = "Give it inputs in its own units and say so (--box {0} {1}), or divide inside the model (--mean, --std)."
 
 _MISTAKES: Final[tuple[tuple[Mistake, Undo], ...]] = (
     (

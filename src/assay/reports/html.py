@@ -18,10 +18,12 @@ from markupsafe import Markup, escape
 
 from assay.core.errors import RunError
 from assay.core.files import replacing
+from assay.core.plain import without_controls
 from assay.reports import text
 from assay.reports.brackets import brackets
 from assay.reports.figures import confusions, curve
 from assay.reports.gallery import Card, gallery
+from assay.reports.natural import natural
 from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize, whole
 from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
 from assay.runs import Run
@@ -84,6 +86,7 @@ def render(run: Run) -> str:
             points=[(s.units.show(p.eps), p.rate) for p in asked] if s.attacked else [],
             brackets=brackets(s, samples, tuple(p.eps for p in asked)),
             confusions=confusions(samples),
+            natural=natural(run.manifest),
             cards=cards,
             trouble=trouble,
             classes=_weakest_first(s.classes),
@@ -110,6 +113,7 @@ def environment() -> Environment:
     made = Environment(
         loader=PackageLoader("assay.reports"),
         autoescape=True,
+        finalize=_harmless,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -123,6 +127,11 @@ def environment() -> Environment:
     }
     made.globals |= {"span": text.span, "plural": text.plural}
     return made
+
+
+def _harmless(value: Any) -> Any:
+    """Drop from texts of others what turns the direction of reading, or steers whatever shows the page's source."""
+    return without_controls(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def together(sentence: str) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any, final
 import numpy as np
 import pyarrow as pa
 
+from assay.core.plain import plain
 from assay.reports.text import Units
 from assay.runs import Curve, Run, exact_interval, totals
 from assay.runs.schema import UNATTACKED
@@ -215,13 +216,13 @@ def read(run: Run) -> tuple[Manifest, pa.Table]:
 def summarize(manifest: Manifest) -> Summary:
     """Read a run's numbers from its manifest, as :func:`read` returns it."""
     threat, known = dig(manifest, "identity", "threat"), dig(manifest, "totals")
-    eps, text = _eps(manifest), str(dig(threat, "text") or dig(threat, "norm") or "an unknown threat")
+    eps, text = _eps(manifest), plain(dig(threat, "text") or dig(threat, "norm") or "an unknown threat")
     confidence = _confidence(dig(known, "interval"))
     return Summary(
-        model=str(dig(manifest, "model", "name") or dig(manifest, "model", "source") or "the model"),
-        data=str(dig(manifest, "data", "name") or dig(manifest, "data", "source") or "the data"),
+        model=plain(dig(manifest, "model", "name") or dig(manifest, "model", "source") or "the model"),
+        data=plain(dig(manifest, "data", "name") or dig(manifest, "data", "source") or "the data"),
         noun=noun_of(dig(manifest, "data", "shape")),
-        norm=str(dig(threat, "norm") or ""),
+        norm=plain(dig(threat, "norm") or ""),
         eps=eps,
         eps_text=text.partition(":")[2] or ("" if eps is None else f"{eps:.4g}"),
         threat=text,
@@ -242,7 +243,7 @@ def summarize(manifest: Manifest) -> Summary:
         classes=tuple(_class(c, eps, confidence) for c in rows(dig(known, "per_class"))),
         findings=notes(manifest.get("findings")),
         names=_names(manifest),
-        bounded=str(dig(manifest, "bounded") or "").rstrip("."),
+        bounded=plain(dig(manifest, "bounded") or "").rstrip("."),
         audit=_audit(manifest),
         attacked=_attacked(manifest),
         prove=proof if isinstance(proof := dig(manifest, "identity", "prove"), Mapping) else None,
@@ -298,7 +299,7 @@ def _eps(manifest: Manifest) -> float | None:
 
 def _names(manifest: Manifest) -> tuple[str, ...]:
     given = dig(manifest, "data", "class_names")
-    return tuple(map(str, given)) if isinstance(given, list | tuple) else ()
+    return tuple(map(plain, given)) if isinstance(given, list | tuple) else ()
 
 
 def _rate(known: Any, what: str) -> Rate:
@@ -317,7 +318,7 @@ def _stages(known: Any) -> tuple[Stage, ...]:
         fallen += broken or 0
         stages.append(
             Stage(
-                name=str(stage.get("name", "?")),
+                name=plain(stage.get("name", "?")),
                 entered=whole(stage.get("entered")),
                 broken=broken,
                 forwards=whole(stage.get("forwards")),
@@ -335,7 +336,7 @@ def _class(row: Mapping[str, Any], eps: float | None, confidence: float) -> Clas
     n, name = max(0, whole(row.get("n")) or 0), row.get("name")
     return ClassRow(
         number=whole(row.get("class")),
-        name=str(row.get("class") if name is None else name),
+        name=plain(row.get("class") if name is None else name),
         n=n,
         clean=_share(number(row.get("clean")), n, confidence),
         robust=_share(number(row.get("robust")), n, confidence) if eps is not None else Rate(),
@@ -349,11 +350,11 @@ def notes(findings: Any) -> tuple[Note, ...]:
     """Read the findings, the severest first."""
     found = [
         Note(
-            code=str(f.get("code", "?")),
+            code=plain(f.get("code", "?")),
             severity=str(f.get("severity")) if f.get("severity") in _SEVERITY else "info",
-            message=str(f.get("message") or ""),
+            message=plain(f.get("message") or ""),
             evidence=_evidence(f.get("evidence")),
-            remedy=str(f.get("remedy") or ""),
+            remedy=plain(f.get("remedy") or ""),
         )
         for f in rows(findings)
     ]
@@ -362,11 +363,11 @@ def notes(findings: Any) -> tuple[Note, ...]:
 
 def _evidence(evidence: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(evidence, Mapping):
-        return tuple((str(k), _brief(v)) for k, v in evidence.items())
+        return tuple((plain(k), _brief(v)) for k, v in evidence.items())
     return (("evidence", _brief(evidence)),) if evidence not in (None, "", []) else ()
 
 
 def _brief(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_brief, value[:12])) + (f", ... ({len(value)} in all)" if len(value) > 12 else "")
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else plain(value)

@@ -9,6 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from assay.core.plain import plain
+from assay.reports.natural import natural
 from assay.reports.summary import Audit, Manifest, Point, Rate, Summary, is_right, points, read, summarize
 from assay.reports.text import DASH, NORMS, count, duration, percent, plural, span
 from assay.runs import Run
@@ -135,6 +137,8 @@ def print_run(run: Run | Manifest, console: Console) -> None:
         console.print(Text(audited(s.audit)))
     if s.bounded:
         console.print(Text(stopped(s), style="yellow"))
+    if nature := natural(manifest):
+        console.print(Text(nature.sentence))
     asked = points(manifest, samples) if samples is not None else ()
     tables = _rates(s), _point_table(s, asked) if asked else None, _stage_table(s) if s.stages else None
     for table in filter(None, tables):
@@ -223,7 +227,7 @@ def compare_table(runs: Iterable[Run | Manifest]) -> Table:
     for head in ("n", "clean", "robust", "interval", "passes", "time"):
         table.add_column(head, justify="right", no_wrap=True)
     for run, s in zip(listed, summaries, strict=True):
-        name = [Text(run.path.name if isinstance(run, Run) else DASH)] if by_folder else []
+        name = [Text(plain(run.path.name) if isinstance(run, Run) else DASH)] if by_folder else []
         table.add_row(
             *name,
             Text(s.model),
