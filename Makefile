@@ -6,12 +6,15 @@ STAMP := $(VENV)/.installed
 FRAMEWORKS := .venv-frameworks
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-frameworks test-slow screenshots check format bench clean
+.PHONY: help setup demo test test-frameworks test-docs test-slow docs release screenshots check format bench clean
 
 help:
 	@echo "make demo       set up, and evaluate the two demo models (reports in runs/demo)"
 	@echo "make test       set up, and run all fast tests but those of the adapters"
 	@echo "make test-frameworks  the same for the adapters, with every framework that they adapt (4 GB)"
+	@echo "make test-docs  every command and block of code in README and docs, as it stands (with every framework)"
+	@echo "make docs       the documentation as a site, in build/docs"
+	@echo "make release    wheel, sdist and bill of materials in dist, tried in an environment of their own"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      lint, strict types, import layers"
 	@echo "make screenshots  every page that assay makes, as pictures in docs/screens (needs Chromium)"
@@ -36,12 +39,22 @@ demo: $(STAMP)
 	$(BIN)/assay demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --ignore tests/frameworks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --ignore tests/frameworks --ignore tests/documentation
 
 # Keras has one backend in a process, so its tests run once for each.
 test-frameworks: $(FRAMEWORKS)/.installed
 	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=torch $(FRAMEWORKS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/frameworks tests/test_augment.py
 	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all KERAS_BACKEND=tensorflow $(FRAMEWORKS)/bin/python -m pytest tests/frameworks/test_keras.py tests/frameworks/test_tensorflow.py
+
+test-docs: $(FRAMEWORKS)/.installed
+	OMP_NUM_THREADS=1 ASSAY_FRAMEWORKS=all $(FRAMEWORKS)/bin/python -m pytest --numprocesses auto tests/documentation
+
+docs: $(FRAMEWORKS)/.installed
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/sphinx-build -q -W --keep-going -b html docs build/docs
+
+release: $(FRAMEWORKS)/.installed
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt '.[release]'
+	$(FRAMEWORKS)/bin/python scripts/release.py --sbom
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -64,4 +77,4 @@ screenshots: $(FRAMEWORKS)/.installed
 	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python scripts/screenshots.py
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS) runs dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

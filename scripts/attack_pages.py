@@ -23,6 +23,7 @@ from typing import Any
 from assay import attacks
 from assay.attacks import ATTACKS, LOSSES, Noise, Runnable, SharedAttack, combine, get, names
 from assay.attacks.loop import StepAttack
+from assay.attacks.taxonomy import taxonomy
 from assay.attacks.transforms import Transformed
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,8 @@ KINDS = {
 }
 EPS = {"linf": "linf:0.2", "l2": "l2:2", "l1": "l1:20", "l0": "l0:100"}
 DATA = "demo:mnist-plain demo:mnist"
+ATLAS = "https://atlas.mitre.org/techniques"
+NIST = "https://doi.org/10.6028/NIST.AI.100-2e2025"
 WRITTEN = "`scripts/attack_pages.py` writes this page from the code: change the docstrings, and run it."
 
 
@@ -203,12 +206,21 @@ def _traits(name: str, doc: Doc) -> str:
         "without an eps": _without_eps(name),
         "cost of a sample": " ".join(doc.cost.split()),
         "at the defaults": f"at most {passes(attack):,} passes, forward and backward together",
+        "taxonomy": _taxonomy(name),
         "Python": f"`assay.attacks.{ATTACKS[name].__name__}`" if inspect.isclass(ATTACKS[name]) else f'`get("{name}")`',
     }
     if getattr(attack, "shared", False):
         lines["mind"] = "one perturbation for all samples of the call"
     rows = [f"| {k} | {v} |" for k, v in lines.items() if v]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _taxonomy(name: str) -> str:
+    """Return an attack's MITRE ATLAS techniques and its class in NIST AI 100-2, with links."""
+    known = taxonomy(name)
+    found = (technique.split(" ", 1) for technique in known.atlas)
+    linked = [f"[{number}]({ATLAS}/{number}) {title}" for number, title in found]
+    return f"MITRE ATLAS {', '.join(linked)}; [NIST AI 100-2]({NIST}) {known.nist}"
 
 
 def _without_eps(name: str) -> str:

@@ -76,6 +76,7 @@ def test_every_attack_has_a_page_with_its_parameters_and_a_paper(name: str, gene
         assert f"| `{parameter}` | {default} | " in page
         assert f"| `{parameter}` | {default} | |" not in page, f"{parameter} is not described"
     assert "arxiv.org/abs/" in page or name in OURS
+    assert "| taxonomy | MITRE ATLAS [AML.T0043." in page
     assert "*Sees*" not in page
     assert "``" not in page.replace("```", "")
 

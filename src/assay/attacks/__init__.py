@@ -57,6 +57,7 @@ from assay.attacks.shared.ascent import SharedAttack
 from assay.attacks.shared.patch import Patch
 from assay.attacks.shared.universal import Universal
 from assay.attacks.spatial.spatial import Spatial
+from assay.attacks.taxonomy import taxonomy
 from assay.attacks.transfer.transfer import Transfer
 from assay.attacks.transforms import Diversity, Momentum, Scales, Smoothing, Transform, Transformed, Variance
 
@@ -141,4 +142,5 @@ __all__ = [
     "get",
     "names",
     "presets",
+    "taxonomy",
 ]

@@ -43,7 +43,10 @@ Extra = Annotated[
     str | None, typer.Option(metavar="DATA", help="A second source of samples.", rich_help_panel=_TRAINING)
 ]
 Log = Annotated[
-    list[str] | None, typer.Option(metavar="tensorboard|mlflow", help="Where to log.", rich_help_panel=_TRAINING)
+    list[str] | None,
+    typer.Option(
+        "--track", "--log", metavar="mlflow|tensorboard|wandb", help="Where to log.", rich_help_panel=_TRAINING
+    ),
 ]
 Devices = Annotated[
     int,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assay.attacks.taxonomy import tags
 from assay.evaluation.block import Job
 from assay.evaluation.course import Course
 from assay.evaluation.diagnosis import judge
@@ -16,6 +17,7 @@ from assay.evaluation.finding import Finding
 from assay.evaluation.preflight import check_accuracy
 from assay.evaluation.result import Evaluation
 from assay.runs import Run
+from assay.runs.natural import natural
 from assay.runs.statistics import upper_bound
 
 _TOLERANCE = (
@@ -79,6 +81,7 @@ def new_manifest(
             "device": str(job.device or "as the model"),
             "threads": torch.get_num_threads(),
         },
+        "taxonomy": tags(r.attack for r in (*job.plan.rounds, *job.plan.ladder)),
         "eps_list": [*course.eps_list] or None,
         "tolerance": _TOLERANCE,
         "totals": None,
@@ -107,6 +110,7 @@ def finish(run: Run, result: Evaluation, *, complete: bool) -> None:
         updated=datetime.now(UTC).isoformat(timespec="seconds"),
         totals=totals,
         audit=_audit(tallies, totals),
+        natural=natural(run),
         bounded=_BOUNDS[bounds[0]].format(width) if bounds else None,
         findings=[f.to_json() for f in (*findings, *late)],
     )

@@ -20,6 +20,7 @@ from torch import nn
 from assay.core.errors import AssayError, DataError, ModelError, RunError, ThreatError
 from assay.core.files import replacing
 from assay.core.registry import UsageError, build, closest, describe
+from assay.core.trackers import Tracking, tracking
 from assay.core.types import Inputs, Logits
 from assay.data import Data, load_data
 from assay.hardening import objectives  # noqa: F401  (registers them)
@@ -32,7 +33,6 @@ from assay.hardening.objective import OBJECTIVES, Objective
 from assay.hardening.settings import Settings
 from assay.hardening.source import Source, split_off
 from assay.hardening.task import Moment, Task, Tell
-from assay.hardening.trackers import trackers
 from assay.models import Model
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
@@ -131,7 +131,7 @@ def harden(
         devices: how many GPUs, or processes on a CPU, train together; each takes its part of every batch. Another
             number gives other roundings; statistics of batches are those of the parts.
         progress: show progress, or call this with every :class:`Moment`.
-        log: ``tensorboard``, ``mlflow``.
+        log: trackers to send the history to: ``mlflow``, ``tensorboard``, ``wandb``.
         command: what reproduces the training, for its manifest.
         **settings: those of the method (``steps=7``, ``beta=6``) and of the loop (:class:`Settings`: ``lr=0.1``).
 
@@ -215,8 +215,9 @@ class _Job:
                 own = self.task(
                     objective=objective, seed=seed, helpers=tuple(helpers), what=OBJECTIVES.name_of(objective)
                 )
-                send = trackers(self.log, folder, self.about) if first else []
-                _trained(whole, own, fabric, folder / CHECKPOINT, _sending(show, send))
+                name = f"{OBJECTIVES.name_of(objective)} {self.about['threat']['text']}"
+                with tracking(self.log if first else (), folder, name, self.about) as send:
+                    _trained(whole, own, fabric, folder / CHECKPOINT, _sending(show, send))
         except AssayError as e:
             return e
         return None
@@ -390,7 +391,7 @@ def _admit(folder: Path, there: Mapping[str, Any], identity: Mapping[str, Any], 
         raise RunError(f"the settings of the training in {folder}", "; ".join(found), remedy)
 
 
-def _sending(show: Tell, send: Sequence[Callable[[Mapping[str, Any]], None]]) -> Tell:
+def _sending(show: Tell, send: Tracking) -> Tell:
     """Return what shows every moment, and sends each row to the trackers once."""
     sent = [-1]
 
@@ -398,7 +399,12 @@ def _sending(show: Tell, send: Sequence[Callable[[Mapping[str, Any]], None]]) ->
         show(moment)
         if moment.row is not None and moment.row["steps"] > sent[0]:
             sent[0] = moment.row["steps"]
-            for one in send:
-                one(moment.row)
+            send.log(figures(moment.row), moment.row["steps"])
 
     return tell
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of the history by name, parts of the loss among them."""
+    plain = {n: float(v) for n, v in row.items() if isinstance(v, int | float) and n != "steps"}
+    return plain | {f"loss/{n}": float(v) for n, v in row["parts"].items()}

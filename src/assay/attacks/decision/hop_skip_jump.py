@@ -48,7 +48,8 @@ class HopSkipJump(Walk[HopSkipJumpState]):
     Args:
         steps: number of queries.
         probes: B_1; no B_t is larger than 10,000.
-        band: share of the frequencies of every axis of an image that the u_i have, the lowest; vectors have all.
+        band: share of the frequencies of every axis of an image that the u_i have, the lowest, in every other turn from
+            the first one on; vectors, and the turns between, have all.
         start: the candidates for a start: ``noise`` (uniform and smooth in turns), ``uniform``, ``smooth``, ``largest``
             (the largest values of the box, then noise), or a function such as a pool (:class:`assay.attacks.Pool`).
 
@@ -60,8 +61,8 @@ class HopSkipJump(Walk[HopSkipJumpState]):
         >>> round(r.size.item(), 2)
         0.2
 
-    *Differs from the paper in*: half as many probes, of low frequencies where there are images, as in Li et al. 2020,
-    arXiv:2005.14137 (``probes`` = 100 and ``band`` = 1 are the paper's). Where no jump meets the goal, the probes
+    *Differs from the paper in*: half as many probes, in every other turn of low frequencies where there are images, as
+    in Li et al. 2020, arXiv:2005.14137 (``probes`` = 100 and ``band`` = 1 are the paper's). Where no jump meets the goal, the probes
     are made again. For linf, delta and the end of the bisection are as for l2 (the paper's end is d^-2 of the
     distance).
 
@@ -126,7 +127,8 @@ class HopSkipJump(Walk[HopSkipJumpState]):
             normal = normal.sign() if p.norm.name == "linf" else normal
             x = choose(w.phase == JUMP, w.base + per_sample(w.length, normal) * normal, x)
         if (w.phase == PROBE).any():
-            u = directions(p.stage(k), self.band)
+            low, every = (directions(p.stage(k), share) for share in (self.band, 1.0))
+            u = choose(w.turn % 2 == 1, low, every)
             x = choose(w.phase == PROBE, w.base + per_sample(self._delta(p, w), u) * u, x)
         return x
 
