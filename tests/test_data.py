@@ -757,7 +757,7 @@ def test_demo_data():
     refused("demo:mnits", "mnist")
 
 
-@pytest.mark.parametrize("source", ["hf:some/name", "s3://bucket/x", "some.zip", "nowhere/at/all"])
+@pytest.mark.parametrize("source", ["hf:some/name", "nowhere://bucket/x", "some.zip", "nowhere/at/all"])
 def test_other_forms_are_refused_with_what_is_accepted(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("some.zip").write_bytes(b"1")

@@ -380,7 +380,7 @@ def test_other_files_and_folders_are_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"1")
     refused(tmp_path / "a.zip", "file", ".pt2")
     refused("ort:nowhere.onnx", "nowhere.onnx", "No such file")
-    refused("s3://bucket/a.pth", "no file")
+    refused("nowhere://bucket/a.pth", "no file")
 
 
 # Fingerprints

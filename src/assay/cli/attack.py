@@ -1,8 +1,11 @@
 """``assay attack``: one attack by name."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from assay.cli import options as o
+from assay.cli import workers as w
 from assay.core.errors import RunError
+from assay.core.executor import Executor, device_of, serial
 from assay.core.registry import UsageError, closest
 
 if TYPE_CHECKING:
@@ -54,6 +59,10 @@ def attack(
     seed: o.Seed = 0,
     device: o.Device = None,
     batch_size: o.BatchSize = None,
+    executor: w.ExecutorOpt = None,
+    workers: w.WorkersOpt = None,
+    gpus_per_worker: w.GpusOpt = None,
+    address: w.AddressOpt = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -65,7 +74,8 @@ def attack(
     import torch
 
     from assay.attacks import get
-    from assay.evaluation.preflight import check_data, check_model
+    from assay.evaluation.preflight import check_model
+    from assay.evaluation.reading import check_data
     from assay.threats import Threat
 
     chosen = get(with_, **o.parameters(set_ or []))
@@ -73,6 +83,7 @@ def attack(
     samples = net.takes(o.data_of(data, size, limit=limit, trust_pickle=trust_pickle))
     bits = _bits(quantize, samples.shape, save_images)
     place, parsed = o.device_of(device), replace(Threat.parse(threat), quantize=bits)
+    shared = w.executor_of(executor, workers, gpus_per_worker, address, place)
     findings = check_data(samples, net.domain)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
     checked = check_model(net, samples, parsed, place)
@@ -80,11 +91,13 @@ def attack(
     for folder in (save_images, out):
         _make(folder)
     parsed = replace(parsed, targeted=wanted is not None)
-    work = _Work(chosen, checked.model, samples, parsed, wanted, seed, place, save_images, max_passes)
+    asked = replace(checked.model, reference=None)  # it has been compared
+    work = _Work(chosen, asked, samples, parsed, wanted, seed, device_of(shared, place), max_passes)
     block = len(samples) if getattr(chosen, "shared", False) else BLOCK
-    for rows in torch.arange(len(samples)).split(batch_size or block):  # type: ignore[no-untyped-call]
-        work.attack_rows(rows)
-    result = work.summary() | {
+    found = _Found(replace(work, device=place), save_images)
+    for part in work.parts(batch_size or block, shared):
+        found.add(part)
+    result = found.summary() | {
         "attack": with_,
         "threat": threat,
         "quantize": bits,
@@ -93,7 +106,7 @@ def attack(
         "findings": [f.to_json() for f in (*findings, *checked.findings)],
     }
     if out is not None:
-        _keep(out, result, chosen, work)
+        _keep(out, result, found)
     _show(result, as_json=as_json, quiet=quiet)
 
 
@@ -124,18 +137,20 @@ def _clear(folder: Path | None) -> None:
             path.unlink()
 
 
-def _keep(folder: Path, result: dict[str, Any], attack: "Runnable", work: "_Work") -> None:
+def _keep(folder: Path, result: dict[str, Any], found: "_Found") -> None:
     """Write what was found: ``attack.json``, and one row a sample that was attacked in ``adversarials.npz``."""
     import numpy as np
     import torch
 
     from assay.attacks import describe_attack
 
-    columns = {k: torch.cat([b[k] for b in work.blocks]).numpy() for k in (work.blocks or [{}])[0]}
+    blocks = sorted(found.blocks, key=lambda b: int(b["index"][0]))
+    columns = {k: torch.cat([b[k] for b in blocks]).numpy() for k in (blocks or [{}])[0]}
     part = folder / ".adversarials.part.npz"
     np.savez(part, **columns)  # type: ignore[arg-type]
     part.replace(folder / "adversarials.npz")
-    text = json.dumps(result | {"parameters": describe_attack(attack), "seed": work.seed}, indent=1)
+    told = {"parameters": describe_attack(found.work.attack), "seed": found.work.seed}
+    text = json.dumps(result | told, indent=1)
     part = folder / ".attack.json.part"
     part.write_text(text + "\n")
     part.replace(folder / "attack.json")
@@ -151,9 +166,9 @@ def _class(text: str, data: "Data", classes: int) -> int:
     raise UsageError(f"a class name, or a number below {classes}", repr(text), hint)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Work:
-    """One attack on the samples of some data, block by block, and what came of it so far."""
+    """One attack on samples of some data; can be sent to another process."""
 
     attack: "Runnable"
     model: "Model"
@@ -162,16 +177,17 @@ class _Work:
     wanted: int | None
     seed: int
     device: str
-    folder: Path | None
     max_passes: int | None
-    attacked: int = 0
-    broken: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    written: int = 0
-    proved: int = 0
-    sizes: list[float] = field(default_factory=list)
-    blocks: list[dict[str, "Tensor"]] = field(default_factory=list)
+
+    def parts(self, size: int, executor: Executor | None) -> Iterator[dict[str, "Tensor"]]:
+        """Yield, block by block and in any order, what came of the samples that were attacked."""
+        import torch
+
+        rows = torch.arange(len(self.data)).split(size)  # type: ignore[no-untyped-call]
+        parts = (executor or serial)(partial(_attacked, self), (r.tolist() for r in rows))
+        with contextlib.ExitStack() as stack:
+            stack.callback(getattr(parts, "close", lambda: None))
+            yield from (part for part in parts if part)
 
     def ask(self, x: "Tensor") -> "Tensor":
         """Return predicted labels."""
@@ -183,28 +199,51 @@ class _Work:
             rows = torch.arange(len(x), device=live.device)
             return Door(live, len(x)).logits(x.to(live.device), rows).argmax(1).cpu()
 
-    def attack_rows(self, rows: "Tensor") -> None:
-        """Attack those of some samples that are right, and not of the wanted class already."""
-        import torch
 
-        x, y = self.data.batch(rows), self.data.labels[rows]
-        at = ((self.ask(x) == y) & (y != (-1 if self.wanted is None else self.wanted))).nonzero()[:, 0]
-        if not len(at):
-            return
-        goal = y[at] if self.wanted is None else torch.full_like(y[at], self.wanted)
-        how: dict[str, Any] = {"indices": rows[at], "device": self.device, "max_passes": self.max_passes}
-        r = self.attack(self.model, x[at], goal, self.threat, self.seed, **how)
+def _attacked(work: _Work, rows: list[int]) -> dict[str, "Tensor"]:
+    """Attack those samples that are right, and not of the wanted class already; return columns, a row for each."""
+    import torch
+
+    index = torch.tensor(rows)
+    x, y = work.data.batch(index), work.data.labels[index]
+    at = ((work.ask(x) == y) & (y != (-1 if work.wanted is None else work.wanted))).nonzero()[:, 0]
+    if not len(at):
+        return {}
+    goal = y[at] if work.wanted is None else torch.full_like(y[at], work.wanted)
+    how: dict[str, Any] = {"indices": index[at], "device": work.device, "max_passes": work.max_passes}
+    r = work.attack(work.model, x[at], goal, work.threat, work.seed, **how)
+    found = {n: getattr(r, n) for n in ("x", "success", "size", "forwards", "backwards")}
+    return {"index": index[at], "label": y[at], **found}
+
+
+@dataclass(slots=True)
+class _Found:
+    """What came of an attack so far; images are written here, not where the work is done."""
+
+    work: _Work
+    folder: Path | None
+    attacked: int = 0
+    broken: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    written: int = 0
+    proved: int = 0
+    sizes: list[float] = field(default_factory=list)
+    blocks: list[dict[str, "Tensor"]] = field(default_factory=list)
+
+    def add(self, part: dict[str, "Tensor"]) -> None:
+        """Count what came of a block, and keep it."""
+        success = part["success"]
         if not self.attacked:
             _clear(self.folder)
-        self.attacked += len(at)
-        self.broken += int(r.success.sum())
-        self.forwards += int(r.forwards.sum())
-        self.backwards += int(r.backwards.sum())
-        self.sizes += r.size[r.success].tolist()
-        found = {n: getattr(r, n) for n in ("x", "success", "size", "forwards", "backwards")}
-        self.blocks.append({"index": rows[at], "label": y[at], **found})
+        self.attacked += len(success)
+        self.broken += int(success.sum())
+        self.forwards += int(part["forwards"].sum())
+        self.backwards += int(part["backwards"].sum())
+        self.sizes += part["size"][success].tolist()
+        self.blocks.append(part)
         if self.folder is not None:
-            self._save(rows[at][r.success], y[at][r.success], r.x[r.success])
+            self._save(part["index"][success], part["label"][success], part["x"][success])
 
     def _save(self, rows: "Tensor", labels: "Tensor", x: "Tensor") -> None:
         """Write PNGs, read them back, and ask the model again: only those that fool then are kept."""
@@ -213,14 +252,14 @@ class _Work:
         from assay.data.png import read_png, write_png
 
         assert self.folder is not None
-        box = self.model.domain
+        box = self.work.model.domain
         paths = [self.folder / f"{i:06d}-label-{y}.png" for i, y in zip(rows.tolist(), labels.tolist(), strict=True)]
         trial = [p.with_name(f".{p.name}.unproved") for p in paths]
         for path, image in zip(trial, x, strict=True):
             write_png(path, image, box.lo, box.hi)
         back = [read_png(p, box.lo, box.hi, x.dtype) for p in trial]
-        guess = self.ask(torch.stack(back)) if back else labels
-        fools = guess != labels if self.wanted is None else guess == self.wanted
+        guess = self.work.ask(torch.stack(back)) if back else labels
+        fools = guess != labels if self.work.wanted is None else guess == self.work.wanted
         for path, unproved, keep in zip(paths, trial, fools.tolist(), strict=True):
             if keep:
                 unproved.replace(path)
@@ -233,7 +272,7 @@ class _Work:
         sizes = sorted(self.sizes)
         images = {"written": self.written, "proved": self.proved, "folder": str(self.folder)}
         return {
-            "n": len(self.data),
+            "n": len(self.work.data),
             "attacked": self.attacked,
             "broken": self.broken,
             "success_rate": self.broken / self.attacked if self.attacked else None,

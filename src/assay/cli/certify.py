@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from assay.cli import options as o
+from assay.cli import workers as w
 from assay.cli.evaluate import finish, summary
 from assay.core.errors import ThreatError
 from assay.core.registry import UsageError
@@ -77,6 +78,11 @@ def certify(
     seed: o.Seed = 0,
     device: o.Device = None,
     batch_size: o.BatchSize = None,
+    executor: w.ExecutorOpt = None,
+    workers: w.WorkersOpt = None,
+    gpus_per_worker: w.GpusOpt = None,
+    address: w.AddressOpt = None,
+    track: o.Track = None,
     no_resume: o.NoResume = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -90,8 +96,10 @@ def certify(
     assay certify demo:mnist-robust demo:mnist --threat linf --radius --limit 100
     assay certify demo:mnist-plain demo:mnist --threat l2:0.25 --method smoothing --sigma 0.25 --n 1000 --limit 100
     """
+    from assay.core.trackers import chosen
     from assay.threats import Threat
 
+    chosen(track or ())
     if vnnlib is not None:
         _judge(model, vnnlib, timeout, out, as_json=as_json)
         return
@@ -109,6 +117,7 @@ def certify(
         "resume": not no_resume,
         "progress": not (quiet or as_json),
         "command": o.command_line(),
+        "executor": w.executor_of(executor, workers, gpus_per_worker, address, place),
     }
     settings = [model, data, threat, "certify", method, radius, no_attack, seconds, arithmetic, seed, limit]
     settings += [arch, box, mean, std, *([size] if size else [])]
@@ -127,7 +136,7 @@ def certify(
             how["eps_list"] = [] if parsed.eps is None else [parsed.eps]
         effort = "standard" if radius and not no_attack else "none"
         result = evaluate(loaded, samples, replace(parsed, eps=None) if radius else parsed, effort, method, **how)
-    finish(result, as_json=as_json, quiet=quiet, told=proofs)
+    finish(result, as_json=as_json, quiet=quiet, told=proofs, track=track or ())
 
 
 def _check(threat: "Threat", method: str, *, radius: bool, no_attack: bool) -> None:

@@ -1,6 +1,6 @@
 """``assay evaluate``: the main job."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from assay.cli import options as o
+from assay.cli import workers as w
 from assay.core.registry import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ Prove = Annotated[
 ProveSeconds = Annotated[
     float | None, typer.Option(metavar="S", help="For --prove complete: the time for a sample (default: 30).")
 ]
+Natural = Annotated[
+    str | None,
+    typer.Option(metavar="common|all|noise|blur|weather|digital|NAME[,...]", help="Corrupt the images as well."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Attack nothing; say what it will cost on this machine.")]
 
 
@@ -55,6 +60,7 @@ def evaluate(
     quantize: o.Quantize = None,
     prove: Prove = None,
     prove_seconds: ProveSeconds = None,
+    natural: Natural = None,
     arch: o.Arch = None,
     box: o.BoxOpt = (0.0, 1.0),
     mean: o.Mean = None,
@@ -70,6 +76,11 @@ def evaluate(
     seed: o.Seed = 0,
     device: o.Device = None,
     batch_size: o.BatchSize = None,
+    executor: w.ExecutorOpt = None,
+    workers: w.WorkersOpt = None,
+    gpus_per_worker: w.GpusOpt = None,
+    address: w.AddressOpt = None,
+    track: o.Track = None,
     no_resume: o.NoResume = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -83,15 +94,20 @@ def evaluate(
 
     assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3 --limit 500
     assay evaluate net.pth images/ --arch nets:resnet --threat linf:8/255 --mean .49,.48,.45 --std .2,.2,.2
+    assay evaluate demo:mnist-robust demo:mnist --threat linf:0.3 --workers 2
     """
+    from assay.core.trackers import chosen
     from assay.evaluation import evaluate as run_evaluation
     from assay.threats import Threat
+
+    chosen(track or ())  # none that is unknown or missing, before any work
 
     parsed = replace(Threat.parse(threat), quantize=quantize)
     settings = {"max_passes": max_passes, "until_interval": until_interval, "eps_list": _eps_list(eps_list, parsed)}
     settings["prove_seconds"] = prove_seconds
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     place = o.device_of(device)
+    shared = w.executor_of(executor, workers, gpus_per_worker, address, place)
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     if dry_run:
@@ -116,10 +132,12 @@ def evaluate(
         out or o.run_folder(*name),
         resume=not no_resume,
         progress=not (quiet or as_json),
+        executor=shared,
         command=o.command_line(),
+        natural=natural,
         **given | ({} if max_seconds is None else {"max_seconds": max_seconds}),
     )
-    finish(result, as_json=as_json, quiet=quiet)
+    finish(result, as_json=as_json, quiet=quiet, track=track or ())
 
 
 def _eps_list(text: str | None, threat: "Threat") -> list[float] | None:
@@ -165,15 +183,21 @@ def show_cost(cost: "Cost", *, as_json: bool) -> None:
 
 
 def finish(
-    result: "Evaluation", *, as_json: bool, quiet: bool, told: "Callable[[Evaluation], dict[str, Any]] | None" = None
+    result: "Evaluation",
+    *,
+    as_json: bool,
+    quiet: bool,
+    told: "Callable[[Evaluation], dict[str, Any]] | None" = None,
+    track: Sequence[str] = (),
 ) -> None:
-    """Write the report, print the result, and say how to go on if it is not complete.
+    """Write the report, print the result, send it to trackers, and say how to go on if it is not complete.
 
     ``told`` returns the object of ``--json``; the summary by default.
     """
     from assay.reports import print_run, verdict
 
     page = result.report()
+    result.run.publish()
     if as_json:
         o.emit((told or summary)(result))
     elif quiet:
@@ -182,6 +206,11 @@ def finish(
         console = Console(highlight=False)
         print_run(result.run, console)
         console.print(f"report  {page}", markup=False, soft_wrap=True)
+    if track:
+        from assay.reports.tracking import track as send
+
+        for where in send(track, result.run):
+            o.errors.print(where, markup=False, soft_wrap=True)
     if not result.complete and not result.run.manifest.get("bounded"):
         o.errors.print(f"interrupted after {result.n} samples, which are saved; to go on:")
         o.errors.print(f"  {o.command_line()}", markup=False, soft_wrap=True)
@@ -201,6 +230,7 @@ def summary(result: "Evaluation") -> dict[str, Any]:
         "complete": result.complete,
         "bounded": manifest.get("bounded"),
         "audit": manifest.get("audit"),
+        "natural": manifest.get("natural"),
         "curve": [
             {"eps": p.eps, "robust_accuracy": p.rate.value, "interval": [p.rate.low, p.rate.high]}
             | (

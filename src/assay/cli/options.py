@@ -75,6 +75,10 @@ Json: TypeAlias = Annotated[
 Quiet: TypeAlias = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no tables: the verdict only.", rich_help_panel=_SHOW)
 ]
+Track: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="mlflow|tensorboard|wandb", help="Send the result there.", rich_help_panel=_RUN),
+]
 NoResume: TypeAlias = Annotated[
     bool, typer.Option("--no-resume", help="Refuse to go on with an existing run.", rich_help_panel=_RUN)
 ]

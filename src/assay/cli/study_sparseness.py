@@ -60,7 +60,7 @@ def sparseness(
     assay study sparseness demo:mnist-plain demo:mnist --attack fgsm --eps 0.03 --limit 200
     """
     from assay.attacks import get
-    from assay.evaluation.preflight import check_data
+    from assay.evaluation.reading import check_data
     from assay.study import sparseness as measure
 
     wanted = _threat(threat, eps)

@@ -11,14 +11,16 @@ from assay.core.errors import DataError
 from assay.core.files import check_readable
 from assay.core.named import call_named
 from assay.core.registry import closest
+from assay.core.urls import fetched, path_of, url_of
 from assay.data.arrays import npz
-from assay.data.data import Data
+from assay.data.data import Arrays, Data
 from assay.data.fit import Fit
 from assay.data.hugging_face import hugging_face
 from assay.data.images import folder
 from assay.data.mnist import demo
 from assay.data.objects import from_object
 from assay.data.parquet import parquet
+from assay.data.reopened import reopening
 from assay.data.shards import expanded, shards
 
 
@@ -74,7 +76,8 @@ def load_data(
             ``class_names``; a ``.parquet`` file with ``image`` and ``label``; ``.tar`` shards of WebDataset, several
             as ``a-{000..003}.tar``; ``hf:DIR`` or ``hf:DIR:SPLIT``, a folder of Hugging Face's datasets;
             ``demo:mnist``; or ``py:module:callable``. Or an object: (x, y) of tensors or arrays, a map-style dataset
-            of torch or Hugging Face, a ``DataLoader``, or :class:`Data`.
+            of torch or Hugging Face, a ``DataLoader``, or :class:`Data`. Files and folders may be at a URL of an object
+            store, such as ``s3://bucket/val/``.
         limit: take that many samples from the start.
         size: in pixels, of 8-bit images. A number: their shorter side is scaled to it, and the centre is cut out as a
             square. (height, width): both sides are scaled. Models that know their size need none (see :class:`Fit`).
@@ -90,11 +93,25 @@ def load_data(
         (3, (3, 8, 8))
     """
     if isinstance(source, str | os.PathLike):
-        data = _load_text(os.fspath(source), limit, trust_pickle)
+        data = opened(path_of(os.fspath(source)), limit, trust_pickle=trust_pickle)
     else:
         data = from_object(source, f"python:{type(source).__name__}", limit=limit)
     data = data if limit is None else data.head(limit)
     return data if size is None else data.fitted(Fit.of(size))
+
+
+def opened(source: str, limit: int | None, *, trust_pickle: bool) -> Data:
+    """Load data by a text; what is at a URL is brought here first, and again wherever the data are sent."""
+    url = url_of(source)
+    here = source if url is None else str(fetched(url, DataError, "data"))
+    data = _load_text(here, limit, trust_pickle)
+    if url is not None:
+        data.source = url
+    held = here.startswith("hf:") or Path(here).suffix.lower() == ".parquet"  # by files that are open
+    if isinstance(data._samples, Arrays) or not (held or url):
+        return data
+    place = str(Path(here).absolute()) if url is None and Path(here).exists() else source
+    return reopening(data, place, limit, trust_pickle=trust_pickle)
 
 
 def _load_text(source: str, limit: int | None, trust_pickle: bool) -> Data:

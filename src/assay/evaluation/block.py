@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -25,6 +25,7 @@ from assay.evaluation.journal import Journal, packed, unpacked
 from assay.evaluation.proving import CHALLENGE, COMPLETE, Proven, Proving
 from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, passes_of
 from assay.models import Door, Live, Model
+from assay.runs.store import packed_arrays
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
 
@@ -60,7 +61,7 @@ class Part:
     """What came of one block, ready to be stored."""
 
     rows: dict[str, list[Any]]
-    adversarials: dict[str, NDArray[Any]]
+    adversarials: Mapping[str, NDArray[Any]] | bytes  # bytes: packed by whoever did the block
     tally: dict[str, Any]
 
 
@@ -402,7 +403,7 @@ class _Block:
             "bounded": self.bounded,
             "seconds": sum(s["seconds"] for s in self.clock.stages),
         }
-        return Part(rows, {k: v.numpy() for k, v in arrays.items()}, tally)
+        return Part(rows, packed_arrays({k: v.numpy() for k, v in arrays.items()}) if len(at) else {}, tally)
 
 
 _AUDIT = 12

@@ -15,8 +15,9 @@ from assay.certification import Proof
 from assay.core.random import Draws
 from assay.core.registry import one_of
 from assay.data import Data
-from assay.evaluation.preflight import check_data, check_model
+from assay.evaluation.preflight import check_model
 from assay.evaluation.proving import COMPLETE, STEPS
+from assay.evaluation.reading import check_data
 from assay.models import Door, Live, Model
 from assay.models.door import default_batch
 from assay.threats import Problem, Threat

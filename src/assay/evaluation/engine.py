@@ -4,8 +4,8 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,7 +18,7 @@ from rich.console import Console
 from assay.certification import Proof
 from assay.certification.certify import check_threat
 from assay.core.errors import ContradictionError, ThreatError
-from assay.core.executor import Executor, serial
+from assay.core.executor import Executor, device_of, serial
 from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, closest
 from assay.data import load_data
@@ -27,7 +27,9 @@ from assay.evaluation.course import Course
 from assay.evaluation.diagnosis import MASKING, probe
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
-from assay.evaluation.preflight import check_data, check_model
+from assay.evaluation.natural import check_corruptible, look
+from assay.evaluation.preflight import check_model
+from assay.evaluation.reading import check_data
 from assay.evaluation.result import Evaluation
 from assay.models import Model, as_model
 from assay.models.door import default_batch
@@ -35,6 +37,7 @@ from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
 from assay.runs import Run
+from assay.runs.natural import corruptions
 from assay.runs.schema import UNATTACKED
 from assay.threats import Threat
 
@@ -63,6 +66,7 @@ def evaluate(
     eps_list: Sequence[float] | None = None,
     prove_seconds: float = 30.0,
     arithmetic: str = "float32",
+    natural: str | Sequence[str] | None = None,
 ) -> Evaluation:
     """Say how much a classifier can take: attack every sample, verify what was found, and keep it.
 
@@ -82,8 +86,9 @@ def evaluate(
         resume: go on with a run of the same settings that is in ``out`` already.
         limit: use only the first samples.
         progress: show a live display, or call this with each :class:`Snapshot`.
-        executor: where blocks run, each a call of its own that can be pickled, but not as threads of one process, which
-            would share the model; None for this process.
+        executor: where blocks run, such as :class:`assay.distributed.Processes` or ``RayExecutor``: each is a call of
+            its own that can be pickled, but not as threads of one process, which would share the model; None for this
+            process. Its ``device``, if it has one, is where attacks run; ``device`` is then for the checks before.
         command: what reproduces the run, for its manifest.
         max_passes: the most forward and backward passes, together, that attacks may spend on a sample.
         max_seconds: no attack begins later than this; what was found by then counts.
@@ -93,6 +98,8 @@ def evaluate(
         eps_list: further eps at which the report says the robust accuracy; none above that of the threat.
         prove_seconds: for ``complete``: the time for each sample.
         arithmetic: of the deployed network, for proofs: ``float32``, ``tf32``, ``bfloat16`` or ``real``.
+        natural: also ask about every image under these corruptions, at five severities: names and groups of them,
+            ``common`` for the usual fifteen (:func:`assay.runs.natural.corruptions`); needs an extra.
 
     Returns:
         The result. After Ctrl-C the interruption is raised when nothing is stored, else the result so far is returned
@@ -105,23 +112,33 @@ def evaluate(
         RunError: ``out`` cannot be written or holds another run.
     """
     _check_request(effort, prove, {"limit": limit, "batch_size": batch_size, "max_passes": max_passes})
+    harms = corruptions(natural) if natural else ()
     proof = Proof(prove, prove_seconds, arithmetic) if prove else None
     threat, course = _threat(threat, proof), Course(until_interval, max_seconds, tuple(eps_list or ()))
     levels, model, data = course.within(threat), _model(model), load_data(data, limit=limit)
     mark = fingerprint(model)  # before the model is asked anything: it may count its calls
     data = model.takes(data)
-    findings, threat = check_data(data, model.domain), threat.within(model.domain, int(np.prod(data.shape)))
+    if harms:
+        check_corruptible(data.shape)
+    findings, threat = (
+        check_data(data, model.domain, executor),
+        threat.within(model.domain, int(np.prod(data.shape))),
+    )
     checked = check_model(model, data, threat, device)
     prover = proof.prover(checked.model, data.shape, device) if proof else None
     probed = None if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device)
     findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
-    limits = batch_size or default_batch(data.shape, device), max_passes, levels
-    job = Job(checked.model, data, threat, plan, seed, device, *limits, proof)
+    place = device_of(executor, device)
+    limits = batch_size or default_batch(data.shape, place), max_passes, levels
+    # What a network was converted from has been compared with it, and need not travel.
+    asked = replace(checked.model, reference=None) if executor else checked.model
+    job = Job(asked, data, threat, plan, seed, place, *limits, proof)
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
     manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
     work = partial(run_block, job) if executor else partial(run_block, job, prover=prover)
-    return carry_out(job, course, manifest, work, out, resume=resume, progress=progress, executor=executor)
+    first = partial(look, job=replace(job, device=device), names=harms) if harms else None
+    return carry_out(job, course, manifest, work, out, resume=resume, progress=progress, executor=executor, first=first)
 
 
 def carry_out(
@@ -134,12 +151,18 @@ def carry_out(
     resume: bool,
     progress: bool | Progress,
     executor: Executor | None = None,
+    first: Callable[..., None] | None = None,
 ) -> Evaluation:
-    """Start the run of a manifest, or go on with it; do the ``work`` block by block, and say what the whole shows."""
+    """Start the run of a manifest, or go on with it; do the ``work`` block by block, and say what the whole shows.
+
+    What is to be done ``first`` gets the ``run``, and ``show``.
+    """
     passing = None if out is not None else mkdtemp(prefix="assay-")
     run = Run.start(passing or str(out), manifest, resume=resume)
     try:
         with _shown(progress) as show:
+            if first:
+                first(run, show=show)
             complete = _work(run, job, course, work, show, executor)
         result = Evaluation(run, passing=out is None)
         finish(run, result, complete=complete)
@@ -208,25 +231,61 @@ def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, execut
     blocks = [rows for rows in course.blocks(len(job.data), job.seed) if not done.issuperset(rows)]
     watch = _Watch(show, len(job.data), proven=None if run.manifest["identity"]["prove"] is None else 0)
     watch.add(stored.to_pydict())
-    # Only this process can watch inside a block, and keep a journal; to others the work must travel.
-    deadline = time.monotonic() + (course.seconds if course.seconds is not None else math.inf)
-    journal = run.path / "race" / "block.npz"
-    here = partial(work, tell=watch.tell, journal=journal, deadline=deadline)
-    parts = (executor or serial)(work if executor else here, blocks)
+    parts = _parts(run, course, work, blocks, watch, executor)
     try:
-        while not course.enough(watch.standing, watch.done):
-            if (part := next(parts, None)) is None:
-                return True
-            run.add(part.rows, part.adversarials, part.tally)
-            journal.unlink(missing_ok=True)
-            watch.add(part.rows)
-            if time.monotonic() > deadline:
-                return watch.done == len(job.data)
+        with contextlib.closing(parts):
+            while not course.enough(watch.standing, watch.done):
+                if (part := next(parts, None)) is None:
+                    return watch.done == len(job.data)
+                run.add(part.rows, part.adversarials, part.tally)
+                _journal(run).unlink(missing_ok=True)
+                watch.add(part.rows)
     except KeyboardInterrupt:
         if not run.done():  # what is on disk counts: the interruption may have come right after a batch was stored
             raise
         return False
     return True
+
+
+def _parts(
+    run: Run, course: Course, work: Work, blocks: list[list[int]], watch: "_Watch", executor: Executor | None
+) -> Generator[Part, None, None]:
+    """Do the blocks, of which none but the first begins after the deadline; yield what comes of each."""
+    seconds = math.inf if course.seconds is None else course.seconds
+    deadline, wall = time.monotonic() + seconds, time.time() + seconds
+    begun = (rows for i, rows in enumerate(blocks) if not i or time.monotonic() <= deadline)
+    if executor is None:
+        # Only this process can watch inside a block, and keep a journal; to others the work must travel.
+        yield from serial(partial(work, tell=watch.tell, journal=_journal(run), deadline=deadline), begun)
+        return
+    parts = executor(work if course.seconds is None else partial(_until, work, wall), begun)
+    try:
+        for part in parts if course.width is None else _in_turn(parts, blocks):
+            watch.passes += sum(part.rows["forwards"]) + sum(part.rows["backwards"])
+            yield part
+    finally:
+        if hasattr(parts, "close"):
+            parts.close()
+
+
+def _until(work: Work, wall: float, rows: list[int]) -> Part:
+    """Do a block on a machine with a clock of its own, which agrees with ours about the time of day."""
+    return work(rows, deadline=time.monotonic() + wall - time.time())
+
+
+def _in_turn(parts: Iterator[Part], blocks: Iterable[list[int]]) -> Iterator[Part]:
+    """Yield parts in the order of their blocks: where a run stops must not depend on which was done first."""
+    early: dict[int, Part] = {}
+    for rows in blocks:
+        while rows[0] not in early:
+            if (part := next(parts, None)) is None:
+                return
+            early[part.rows["index"][0]] = part
+        yield early.pop(rows[0])
+
+
+def _journal(run: Run) -> Path:
+    return run.path / "race" / "block.npz"
 
 
 @final

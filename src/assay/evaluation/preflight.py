@@ -17,8 +17,7 @@ from assay.evaluation.health import LINEAR, Bench, Health, averaged, gradient_sp
 from assay.evaluation.ladder import mend
 from assay.evaluation.wrapping import check_wrapping
 from assay.models import Door, Live, Model
-from assay.threats import Box, Threat
-from assay.threats.threat import outside_box
+from assay.threats import Threat
 
 PROBE = 64
 """Samples whose logits and gradients the model's checks look at."""
@@ -51,52 +50,6 @@ class Preflight:
     findings: tuple[Finding, ...]
     classes: int
     blind: float
-
-
-def check_data(data: Data, box: Box) -> list[Finding]:
-    """Read every sample once.
-
-    Raises:
-        DataError: no samples (``empty-data``), values outside the box (``input-outside-box``) or not finite
-            (``non-finite-input``), negative labels, or a sample that cannot be read.
-    """
-    if not len(data):
-        raise DataError(
-            "at least one sample", f"none in {data.source}", "Check the path and --limit.", code="empty-data"
-        )
-    seen: set[int] = set()
-    twice = start = 0
-    low, high, outside = float("inf"), -float("inf"), []
-    for x, _ in data:
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0]
-        if len(bad):
-            raise DataError(
-                "finite inputs",
-                f"NaN or infinity in {len(bad)} samples (first: sample {start + int(bad[0])})",
-                "Repair or remove these samples.",
-                code="non-finite-input",
-            )
-        outside += [start + int(i) for i in ((x < box.lo) | (x > box.hi)).flatten(1).any(1).nonzero()[:, 0]]
-        low, high = min(low, float(x.min())), max(high, float(x.max()))
-        for row in x:
-            key = hash(row.numpy().tobytes())
-            twice += key in seen
-            seen.add(key)
-        start += len(x)
-    if outside:
-        raise outside_box(box, (low, high), outside, len(data), f" in {data.source}")
-    return list(_duplicates(twice, len(data)))
-
-
-def _duplicates(twice: int, n: int) -> Iterator[Finding]:
-    if twice:
-        yield Finding(
-            "duplicate-samples",
-            "warning",
-            f"{twice} of {n} samples are exact copies of another one.",
-            {"duplicates": twice, "n": n},
-            "Remove them: intervals count each sample as independent.",
-        )
 
 
 def check_labels(data: Data, classes: int) -> None:

@@ -10,14 +10,16 @@ import torch
 
 from assay.certification import Smoothed
 from assay.core.errors import ThreatError
+from assay.core.executor import Executor, device_of
 from assay.core.progress import Progress, Snapshot
 from assay.data import load_data
 from assay.evaluation.block import Job, Part, Tell, ignore
 from assay.evaluation.course import Course
 from assay.evaluation.engine import carry_out
 from assay.evaluation.manifest import new_manifest
-from assay.evaluation.preflight import check_data, check_labels
+from assay.evaluation.preflight import check_labels
 from assay.evaluation.race import Plan
+from assay.evaluation.reading import check_data
 from assay.evaluation.result import Evaluation
 from assay.models import Door, Model
 from assay.models.door import default_batch
@@ -41,6 +43,7 @@ def certify_smoothed(
     limit: int | None = None,
     progress: bool | Progress = True,
     command: str | None = None,
+    executor: Executor | None = None,
 ) -> Evaluation:
     """Certify the smoothed classifier on every sample, and keep it in a run; see :meth:`Smoothed.certify`.
 
@@ -58,18 +61,19 @@ def certify_smoothed(
         raise ThreatError(f"a threat in {smoothed.law.norm}", found, "Gaussian noise is for l2, uniform for l1.")
     data, mark = load_data(data, limit=limit), fingerprint(model)
     data = model.takes(data)
-    findings = check_data(data, model.domain)
+    findings = check_data(data, model.domain, executor)
     threat = threat.within(model.domain, math.prod(data.shape))
     classes = _classes(model, data.batch([0]), device)
     check_labels(data, classes)
-    job = Job(model, data, threat, Plan(()), seed, device, batch_size or default_batch(data.shape, device))
+    place = device_of(executor, device)
+    job = Job(model, data, threat, Plan(()), seed, place, batch_size or default_batch(data.shape, place))
     manifest = new_manifest(job, course, mark, UNATTACKED, classes, findings, command)
     noise = {"noise": smoothed.noise, "sigma": smoothed.sigma, "kept": smoothed.kept, "null": smoothed.null}
     draws = {"n0": n0, "n": n, "alpha": alpha}
     manifest["identity"]["prove"] = {"method": "smoothing", **noise, **draws}
     manifest["model"]["name"] = f"{model.name}, smoothed"
     work = partial(smooth_block, job, smoothed, draws)
-    return carry_out(job, course, manifest, work, out, resume=resume, progress=progress)
+    return carry_out(job, course, manifest, work, out, resume=resume, progress=progress, executor=executor)
 
 
 def smooth_block(

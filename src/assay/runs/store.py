@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from assay.core.errors import RunError
 from assay.core.files import replacing
+from assay.core.urls import Mirror, path_of, url_of
 from assay.runs.schema import SAMPLES, VERSION
 
 _TALLY = b"assay.tally"
@@ -28,19 +30,25 @@ _TALLY = b"assay.tally"
 class Run:
     """A run folder, open for reading, or for adding batches."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], mirror: Mirror | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self._mirror = mirror
         self._lock: io.IOBase | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Run":
-        """Open an existing run for reading.
+        """Open an existing run for reading. One at a URL is copied here first.
 
         Raises:
             RunError: no run there, or one of a later version.
         """
-        folder = Path(path)
+        folder, mirror = _place(path)
+        if mirror is not None:
+            copy = cls(folder, {}, mirror)
+            with contextlib.suppress(RunError), contextlib.closing(copy):  # where it is written here, it is current
+                copy._acquire()
+                mirror.fetch()
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -56,21 +64,22 @@ class Run:
     def start(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any], *, resume: bool = True) -> "Run":
         """Create a run, or go on with one of the same identity.
 
-        ``manifest["identity"]`` is what decides the numbers: two runs are the same when it is equal.
+        ``manifest["identity"]`` is what decides the numbers: two runs are the same when it is equal. A run at a URL is
+        written to a folder here, and each file of it is then brought there; one that is there goes on.
 
         Raises:
             RunError: the folder holds another run (the message says what differs), something else, a run that is being
                 written at this moment, or ``resume`` is off and there is a run; or it cannot be written.
         """
-        folder = Path(path)
-        with _told(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _refuse_strangers(folder)
-            (folder / "samples").mkdir(exist_ok=True)
-            (folder / "adversarials").mkdir(exist_ok=True)
-        run = cls(folder, {**manifest, "schema": VERSION})
+        folder, mirror = _place(path)
+        run = cls(folder, {**manifest, "schema": VERSION}, mirror)
+        if mirror is None:
+            run._make()
         run._acquire()
         try:
+            if mirror is not None:
+                mirror.fetch()
+                run._make()
             run._admit(resume=resume)
             with _told(folder):
                 run._sweep()
@@ -79,6 +88,13 @@ class Run:
             run.close()
             raise
         return run
+
+    def _make(self) -> None:
+        with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(self.path)
+            (self.path / "samples").mkdir(exist_ok=True)
+            (self.path / "adversarials").mkdir(exist_ok=True)
 
     def _admit(self, *, resume: bool) -> None:
         if not (self.path / "manifest.json").exists():
@@ -109,6 +125,7 @@ class Run:
         except ImportError:
             return
         with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,21 +148,42 @@ class Run:
         text = json.dumps(self.manifest, indent=1, ensure_ascii=False, allow_nan=False)
         with _told(self.path):
             _write(self.path / "manifest.json", text.encode())
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring what is new to the URL of a run that has one.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self._mirror is not None:
+            self._mirror.send()
 
     def add(
-        self, rows: Mapping[str, Sequence[Any]], adversarials: Mapping[str, np.ndarray], tally: Mapping[str, Any]
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        adversarials: Mapping[str, np.ndarray] | bytes,
+        tally: Mapping[str, Any],
     ) -> None:
-        """Store a batch: its rows by column, its verified adversarial inputs, and what it cost (plain JSON)."""
+        """Store a batch: its rows by column, its verified adversarial inputs, and what it cost (plain JSON).
+
+        The inputs may come as :func:`packed_arrays` packs them, which takes longer than all the rest.
+        """
         table = pa.table(dict(rows), schema=SAMPLES).replace_schema_metadata({_TALLY: json.dumps(tally)})
         name = f"{rows['index'][0]:08d}-{rows['index'][-1]:08d}"
         with _told(self.path):
-            if len(adversarials.get("index", ())):
-                packed = io.BytesIO()
-                np.savez_compressed(packed, **adversarials)  # type: ignore[arg-type]
-                _write(self.path / "adversarials" / f"{name}.npz", packed.getvalue())
+            if not isinstance(adversarials, bytes):
+                adversarials = packed_arrays(adversarials) if len(adversarials.get("index", ())) else b""
+            if adversarials:
+                self._store(self.path / "adversarials" / f"{name}.npz", adversarials)
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)
-            _write(self.path / "samples" / f"{name}.parquet", sink.getvalue().to_pybytes())
+            self._store(self.path / "samples" / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+    def _store(self, path: Path, content: bytes) -> None:
+        _write(path, content)
+        if self._mirror is not None:
+            self._mirror.send_one(path)
 
     def _parts(self) -> list[Path]:
         return sorted(p for p in (self.path / "samples").glob("*.parquet") if not p.name.startswith("."))
@@ -181,6 +219,30 @@ class Run:
             if file.exists():
                 with np.load(file, allow_pickle=False) as arrays:
                     yield dict(arrays)
+
+
+def _place(path: str | os.PathLike[str]) -> tuple[Path, Mirror | None]:
+    """Return the folder of a run here, and what keeps it and its copy at a URL alike."""
+    if (url := url_of(path)) is None:
+        return Path(path_of(os.fspath(path))), None
+    mirror = Mirror(url, RunError)
+    return mirror.folder, mirror
+
+
+def packed_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return arrays as the content of a compressed ``.npz`` file.
+
+    At the lowest level: adversarial inputs are mostly noise, of which the usual level saves 4 % more in twice the time
+    (``benchmarks/scale.py driver``).
+    """
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # without a date: the same arrays are the same bytes
+            archive.writestr(entry, content.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
+    return file.getvalue()
 
 
 def _refuse_strangers(folder: Path) -> None:

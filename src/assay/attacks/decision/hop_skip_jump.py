@@ -62,9 +62,9 @@ class HopSkipJump(Walk[HopSkipJumpState]):
         0.2
 
     *Differs from the paper in*: half as many probes, in every other turn of low frequencies where there are images, as
-    in Li et al. 2020, arXiv:2005.14137 (``probes`` = 100 and ``band`` = 1 are the paper's). Where no jump meets the goal, the probes
-    are made again. For linf, delta and the end of the bisection are as for l2 (the paper's end is d^-2 of the
-    distance).
+    in Li et al. 2020, arXiv:2005.14137 (``probes`` = 100 and ``band`` = 1 are the paper's). Where no jump meets the
+    goal, the probes are made again. For linf, delta and the end of the bisection are as for l2 (the paper's end is
+    d^-2 of the distance).
 
     References:
         Chen, Jordan & Wainwright 2020, arXiv:1904.02144, algorithm 2.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from assay.core.errors import ModelError
 from assay.core.files import check_readable
+from assay.core.urls import fetched, path_of, url_of
 from assay.models.loaded import Loaded
 from assay.models.loaders.request import Arch, Request
 from assay.models.model import Model
@@ -66,6 +67,7 @@ def load_model(
             ``ort:FILE.onnx`` (ONNX Runtime, without gradients), ``timm:NAME``, ``torchvision:NAME``,
             ``hf:DIR_OR_NAME``, ``py:module:callable`` that returns a network or a :class:`Model`, ``demo:NAME``.
             Names of libraries may end in ``+download``, which fetches their weights, or in ``@FILE``, which has them.
+            Files and folders may be at a URL of an object store, such as ``s3://bucket/net.pt2``.
         arch: builds the network that weights belong to: ``module:callable``, ``timm:NAME``, ``torchvision:NAME``,
             ``hf:DIR``, ``demo:NAME``, or the callable.
         box: the input domain before normalisation.
@@ -82,7 +84,9 @@ def load_model(
         >>> load_model("demo:mnist-plain")(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    source = os.fspath(source)
+    source = path_of(os.fspath(source))
+    if (url := url_of(source)) is not None:
+        source = str(fetched(url, ModelError, "a model"))
     form, rest = _form(source)
     loaded = importlib.import_module(f"assay.models.loaders.{FORMS[form]}").load(
         Request(source, rest, arch, trust_pickle)
