@@ -1,25 +1,17 @@
-"""The documentation says what the code does: pages are as the generator writes them, links lead on, lines run."""
+"""The documentation says what the code does: pages are as the generator writes them, links lead on."""
 
 import importlib
 import re
-import shlex
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from assay import attacks
 from assay.attacks import names
-from assay.cli.app import app
 
 ROOT = Path(__file__).parents[1]
-CHOOSE = ROOT / "docs" / "how-to-choose.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-COMING: tuple[str, ...] = ()
-"""Names that the documentation may use before they are there."""
-
 OURS = ("inward",)
 """Attacks that no paper describes."""
 
@@ -28,17 +20,6 @@ OURS = ("inward",)
 def generator(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     return importlib.import_module("attack_pages")
-
-
-def blocks(language: str) -> list[str]:
-    """Return the blocks of code in a language, in their order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", CHOOSE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def lacking(code: str) -> list[str]:
-    """Return the names in some code that are still to come."""
-    here = {*names(), *dir(attacks)}
-    return [name for name in COMING if re.search(rf"\b{name}\b", code) and name not in here]
 
 
 def test_every_page_is_what_the_generator_writes(generator: ModuleType) -> None:
@@ -105,25 +86,6 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("line", "".join(blocks("sh")).splitlines(), ids=lambda line: line.partition("--")[2])
-def test_every_command_of_how_to_choose_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing := lacking(line):
-        pytest.skip(f"{missing} still to come")
-    monkeypatch.chdir(tmp_path)
-    program, *arguments = shlex.split(line)
-    assert program == "assay"
-    done = CliRunner().invoke(app, [*arguments, "--quiet"])
-    assert done.exit_code == 0, done.output
-
-
-def test_every_python_line_of_how_to_choose_runs() -> None:
-    seen: dict[str, Any] = {}
-    for code in blocks("python"):
-        if not lacking(code):
-            exec(compile(code, CHOOSE.name, "exec"), seen)
-    assert seen["r"].success.any()
-
-
 def test_every_attack_that_how_to_choose_names_is_there() -> None:
-    linked = re.findall(r"\[`([a-z-]+)`\]\(attacks/", CHOOSE.read_text(encoding="utf-8"))
+    linked = re.findall(r"\[`([a-z-]+)`\]\(attacks/", (ROOT / "docs" / "how-to-choose.md").read_text(encoding="utf-8"))
     assert set(linked) <= set(names())

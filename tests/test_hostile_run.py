@@ -44,7 +44,8 @@ def poisoned(value, key=""):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run whose manifest was written by an enemy, and a twin of it."""
-    place = tmp_path_factory.mktemp("hostile")
+    place = tmp_path_factory.mktemp("hostile") / "deep" / "down"
+    place.mkdir(parents=True)
     for name in ("run", "twin"):
         assay.evaluate(
             "demo:mnist-plain", "demo:mnist", "linf:0.3", "quick", limit=12, out=place / name, progress=False
@@ -66,11 +67,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_hostile_names_do_nothing(name: str, folder: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*")}
+    around = folder.parents[1]
+    before = {p: p.stat().st_mtime_ns for p in around.rglob("*")}
     with contextlib.chdir(folder), mock.patch.object(sys, "argv", ["assay", *COMMANDS[name]]):
         done = CliRunner().invoke(app, COMMANDS[name], catch_exceptions=False)
     assert done.exit_code in (0, 1), done.output
-    changed = {p for p in folder.parent.rglob("*") if before.get(p) != p.stat().st_mtime_ns and p.is_file()}
+    changed = {p for p in around.rglob("*") if before.get(p) != p.stat().st_mtime_ns and p.is_file()}
     assert all(p.is_relative_to(folder / "out") or p == folder / "run" / "report.html" for p in changed), changed
     for said in (done.output, *(p.read_text(encoding="utf-8") for p in changed)):
         assert "\x1b" not in said
