@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,13 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import assay
-from assay.cli.app import app
 from assay.evaluation import diagnosis, health, ladder, preflight, wrapping
 
 ROOT = Path(__file__).parents[1]
@@ -182,53 +178,6 @@ def test_every_public_name_is_in_the_python_interface_once(name: str) -> None:
 
 
 # --- what the pages show
-
-
-def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
-    """Return the blocks of code of a page, with their language, in their order."""
-    return re.findall(rf"(?ms)^```({'|'.join(languages)})\n(.*?)^```$", text(f"docs/{page}.md"))
-
-
-def run_lines(code: str) -> None:
-    for line in code.splitlines():
-        program, *arguments = shlex.split(line)
-        assert program == "assay"
-        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert done.exit_code == 0, f"{line}\n{done.output}"
-
-
-@pytest.mark.parametrize(
-    "page", ["start", "reading-a-report", "threat-models", "choosing-a-proof", "choosing-a-recipe"]
-)
-def test_every_block_of_a_page_runs_from_top_to_bottom(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    seen: dict[str, Any] = {}
-    for language, code in blocks(page, "sh", "python"):
-        if name := re.match(r"# (\w+\.py)\n", code):
-            Path(name[1]).write_text(code, encoding="utf-8")
-        elif language == "sh":
-            run_lines(code)
-        else:
-            exec(compile(code, page, "exec"), seen)
-    sys.modules.pop("mine", None)
-
-
-def test_the_worked_example_of_an_attack_keeps_the_rules(tmp_path: Path) -> None:
-    """In a process of its own, for it registers an attack."""
-    for _, code in blocks("adding-an-attack", "python"):
-        path = Path(code.splitlines()[0].removeprefix("# "))
-        if path.name == "__init__.py":
-            imported = code.replace("assay.attacks.gradient.", "")
-        else:
-            (tmp_path / path.name).write_text(code, encoding="utf-8")
-    (tmp_path / "conftest.py").write_text(imported, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ".", "test_halving.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
 
 
 def test_every_promise_of_security_has_its_test() -> None:

@@ -127,8 +127,9 @@ class HopSkipJump(Walk[HopSkipJumpState]):
             normal = normal.sign() if p.norm.name == "linf" else normal
             x = choose(w.phase == JUMP, w.base + per_sample(w.length, normal) * normal, x)
         if (w.phase == PROBE).any():
-            low, every = (directions(p.stage(k), share) for share in (self.band, 1.0))
-            u = choose(w.turn % 2 == 1, low, every)
+            u, odd = directions(p.stage(k), self.band), w.turn % 2 == 1
+            if self.band < 1 and not odd.all():
+                u = choose(odd, u, directions(p.stage(k)))
             x = choose(w.phase == PROBE, w.base + per_sample(self._delta(p, w), u) * u, x)
         return x
 
