@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 FRAMEWORKS := .venv-frameworks
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-frameworks test-docs test-slow docs release screenshots check format bench clean
+.PHONY: help setup demo test test-frameworks test-docs test-slow docs dist release screenshots check format bench clean
 
 help:
 	@echo "make demo       set up, and evaluate the two demo models (reports in runs/demo)"
@@ -14,7 +14,8 @@ help:
 	@echo "make test-frameworks  the same for the adapters, with every framework that they adapt (4 GB)"
 	@echo "make test-docs  every command and block of code in README and docs, as it stands (with every framework)"
 	@echo "make docs       the documentation as a site, in build/docs"
-	@echo "make release    wheel, sdist and bill of materials in dist, tried in an environment of their own"
+	@echo "make dist       wheel and sdist, built twice and compared"
+	@echo "make release    the same, tried in an environment of its own, with a bill of materials"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      lint, strict types, import layers"
 	@echo "make screenshots  every page that assay makes, as pictures in docs/screens (needs Chromium)"
@@ -52,9 +53,13 @@ test-docs: $(FRAMEWORKS)/.installed
 docs: $(FRAMEWORKS)/.installed
 	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/sphinx-build -q -W --keep-going -b html docs build/docs
 
+RELEASE := $(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[release]' && $(FRAMEWORKS)/bin/python scripts/release.py
+
+dist: $(FRAMEWORKS)/.installed
+	$(RELEASE)
+
 release: $(FRAMEWORKS)/.installed
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints.txt '.[release]'
-	$(FRAMEWORKS)/bin/python scripts/release.py --sbom
+	$(RELEASE) --sbom
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -18,7 +18,7 @@ from assay.cli import options as o
 from assay.core.errors import MissingExtraError
 from assay.core.optional import need
 
-_NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "jinja2", "rich", "typer")
+_NEEDED: Final = ("torch", "numpy", "scipy", "pyarrow", "pillow", "safetensors", "fsspec", "jinja2", "rich", "typer")
 _OPTIONAL: Final = {
     "torchvision": ("torchvision", "torchvision: models, augmentation policies"),
     "onnx": ("onnx", ".onnx files"),
@@ -36,6 +36,14 @@ _OPTIONAL: Final = {
     "captum": ("attribution", "`assay study attribution`"),
     "dash": ("serve", "`assay serve`"),
     "urllib3": ("http", "models behind HTTP"),
+    "imagecorruptions": ("corruptions", "`--natural`"),
+    "ray": ("ray", "`--executor ray`"),
+    "s3fs": ("s3", "s3:// models, data and runs"),
+    "gcsfs": ("gs", "gs:// models, data and runs"),
+    "mlflow": ("mlflow", "`--track mlflow`"),
+    "tensorboard": ("tensorboard", "`--track tensorboard`"),
+    "wandb": ("wandb", "`--track wandb`"),
+    "weasyprint": ("pdf", "evidence as PDF"),
 }
 """Optional packages: the extra that installs each, and what it is for."""
 
