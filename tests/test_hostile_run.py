@@ -1,16 +1,21 @@
 """A run folder from a stranger: names in it do nothing in reports, terminal and files for CI, or outside of it."""
 
 import contextlib
+import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import assay
 from assay.cli.app import app
+from assay.reports import print_run
+from assay.runs import Run
 
 EVIL = (
     "\x1b]0;owned\x07\x1b[2Jx\r\n<script>alert(1)</script>\"'](javascript:x)|`rm`\u202e"
@@ -85,3 +90,27 @@ def test_hostile_names_do_nothing(name: str, folder: Path) -> None:
             body = said.rpartition("\n---\n")[2] if page.name == "card.md" else said  # before it: YAML, as data
             assert "<script>alert" not in body
     assert not Path("/tmp/pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut off"])
+@pytest.mark.parametrize("name", ["report", "gate"])
+def test_adversarial_inputs_that_cannot_be_read_cost_the_pictures_only(
+    name: str, content: bytes, folder: Path, tmp_path: Path
+) -> None:
+    for run in ("run", "twin"):
+        shutil.copytree(folder / run, tmp_path / run)
+    (tmp_path / "out").mkdir()
+    for file in tmp_path.rglob("*.npz"):
+        file.write_bytes(content)
+    with contextlib.chdir(tmp_path):
+        more = ["--min-robust", "0.9"] if name == "gate" else []  # so that there are samples to draw
+        done = CliRunner().invoke(app, [*COMMANDS[name], *more], catch_exceptions=False)
+    assert done.exit_code == (1 if name == "gate" else 0), done.output
+
+
+def test_a_hostile_run_steers_no_terminal(folder: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    print_run(Run.read(folder / "run"), console)
+    said = console.file.getvalue()
+    assert "mnist-plain" in said
+    assert not {c for c in said if not c.isprintable()} - {"\n"}

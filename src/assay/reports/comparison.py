@@ -1,7 +1,6 @@
 """Two runs on one page: what differs, how sure that is, where it comes from, and the samples that changed sides."""
 
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from markupsafe import Markup
 
 from assay.reports import text
 from assay.reports.figures import Tick, falling, stairs, ticks
-from assay.reports.gallery import Card, gallery
+from assay.reports.gallery import Card, drawn
 from assay.reports.html import environment, template, write_page
 from assay.reports.paired import (
     change_of_size,
@@ -218,7 +217,8 @@ def _moved(c: Comparison, sides: list[_Read], called: tuple[str, str]) -> Iterat
     held = "Right" if c.robust is None else "Robust"
     for holder, there, fallen in (("a", 0, sides[1]), ("b", 1, sides[0])):
         changes = [x for x in c.changes if x.held_by == holder]
-        cards, trouble = _cards(fallen, changes)
+        theirs = fallen.samples.filter(np.isin(fallen.samples["index"].to_numpy(), [x.index for x in changes]))
+        cards, trouble = drawn(fallen.run, fallen.summary, theirs) if changes else ((), "")
         title = f"{held} in {called[there]}, not in {called[1 - there]}: {text.count(len(changes))}"
         rows = [_row(c, x, labels) for x in changes[:_LISTED]]
         yield _Moved(title, fallen.summary, len(changes), cards, rows, trouble)
@@ -226,16 +226,6 @@ def _moved(c: Comparison, sides: list[_Read], called: tuple[str, str]) -> Iterat
 
 def _row(c: Comparison, x: Change, labels: dict[int, str]) -> tuple[int, str, str, str, str]:
     return x.index, labels.get(x.label, str(x.label)), fell(x, labels), x.broken_by or "", units(c).show(x.size)
-
-
-def _cards(r: _Read, changes: list[Change]) -> tuple[tuple[Card, ...], str]:
-    """Return the gallery of the samples that changed sides, and a sentence where their inputs cannot be read."""
-    table = r.samples.filter(np.isin(r.samples["index"].to_numpy(), [x.index for x in changes]))
-    box = dig(r.run.manifest, "model", "box") or dig(r.run.manifest, "identity", "threat", "box")
-    try:
-        return gallery(r.summary, table, r.run.adversarials() if changes else (), box), ""
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as e:
-        return (), f"The stored adversarial inputs cannot be read ({type(e).__name__}), so no pictures are shown."
 
 
 def _sheet(title: str, run: Run) -> tuple[str, list[tuple[str, str]]]:

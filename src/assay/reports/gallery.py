@@ -1,6 +1,8 @@
 """The samples that tell most: the closest calls, the surest mistakes, and one of each class."""
 
 import heapq
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -9,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from assay.reports.pictures import as_image, difference, picture, stems, trace
-from assay.reports.summary import Summary
+from assay.reports.summary import Summary, dig
 from assay.reports.text import percent
+from assay.runs import Run
 
 Row = Mapping[str, Any]
 """One fooled sample: its arrays from the store, and its size and attack from the table."""
@@ -48,6 +51,15 @@ class Card:
     attack: str
     scale: str
     views: tuple[View, ...]
+
+
+def drawn(run: Run, s: Summary, samples: pa.Table) -> tuple[tuple[Card, ...], str]:
+    """Return the gallery of some samples of a run, and a sentence where the stored inputs cannot be read."""
+    box = dig(run.manifest, "model", "box") or dig(run.manifest, "identity", "threat", "box")
+    try:
+        return gallery(s, samples, run.adversarials(), box), ""
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        return (), f"The stored adversarial inputs cannot be read ({type(e).__name__}), so no pictures are shown."
 
 
 def gallery(s: Summary, samples: pa.Table, stored: Iterable[Mapping[str, np.ndarray]], box: Any) -> tuple[Card, ...]:

@@ -12,14 +12,12 @@ from rich.text import Text
 
 from assay.core.plain import plain, without_controls
 from assay.reports import text
-from assay.reports.gallery import Card, gallery
+from assay.reports.gallery import Card, drawn
 from assay.reports.html import environment, template
-from assay.reports.summary import Summary, dig, read, summarize
+from assay.reports.summary import Summary, read, summarize
 from assay.reports.table import plain_table, sentence
 from assay.runs import Run
 from assay.runs.policy import Check, Judgement, Sample
-
-__all__ = ["about", "command", "listed", "page", "plain", "print_judgement", "told"]
 
 
 def about(run: Run) -> Summary:
@@ -105,9 +103,5 @@ def _cards(judgement: Judgement, run: Run, s: Summary, samples: pa.Table) -> lis
     """Return pictures of the samples that failed checks are about, as far as the run has them."""
     why = {sample.index: check.name for check in judgement.failed for sample in check.samples}
     table = samples.filter(pc.is_in(samples["index"], pa.array([*why], pa.int64())))
-    box = dig(run.manifest, "model", "box") or dig(run.manifest, "identity", "threat", "box")
-    try:
-        drawn = gallery(s, table, run.adversarials(), box)
-    except (OSError, ValueError, KeyError, IndexError):  # pictures are a help, and no part of the judgement
-        return []
-    return sorted((replace(card, why=why[card.index]) for card in drawn), key=lambda card: card.index)
+    cards, _ = drawn(run, s, table)  # pictures are a help, and no part of the judgement
+    return sorted((replace(card, why=why[card.index]) for card in cards), key=lambda card: card.index)

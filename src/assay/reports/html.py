@@ -5,14 +5,12 @@ import functools
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -22,7 +20,7 @@ from assay.core.plain import without_controls
 from assay.reports import text
 from assay.reports.brackets import brackets
 from assay.reports.figures import confusions, curve
-from assay.reports.gallery import Card, gallery
+from assay.reports.gallery import drawn
 from assay.reports.natural import natural
 from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize, whole
 from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
@@ -68,7 +66,7 @@ def render(run: Run) -> str:
     """Return the report as text."""
     manifest, samples = read(run)
     s, asked = summarize(manifest), points(manifest, samples)
-    cards, trouble = _cards(run, s, samples)
+    cards, trouble = drawn(run, s, samples)
     script = template("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
@@ -142,18 +140,6 @@ def together(sentence: str) -> Markup:
 def _length(share: float | None) -> str:
     """Write a share as a CSS length."""
     return f"{100 * min(1.0, max(0.0, share or 0.0)):.2f}%"
-
-
-def _cards(run: Run, s: Summary, samples: pa.Table) -> tuple[tuple[Card, ...], str]:
-    """Return the gallery, and a sentence where the stored inputs cannot be read."""
-    box = dig(run.manifest, "model", "box") or dig(run.manifest, "identity", "threat", "box")
-    try:
-        return gallery(s, samples, run.adversarials(), box), ""
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as e:
-        return (
-            (),
-            f"The stored adversarial inputs cannot be read ({type(e).__name__}), so no pictures are shown.",
-        )
 
 
 def _weakest_first(classes: tuple[ClassRow, ...]) -> tuple[ClassRow, ...]:

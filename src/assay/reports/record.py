@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
-from assay.reports.gates import command, plain
+from assay.core.plain import plain
+from assay.reports.gates import command
 from assay.reports.summary import ClassRow, Manifest, Rate, Summary, dig, read, summarize
 from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
 from assay.reports.text import count, duration, percent, plural

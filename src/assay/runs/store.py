@@ -217,7 +217,7 @@ class Run:
         for part in self._parts():
             file = self.path / "adversarials" / f"{part.stem}.npz"
             if file.exists():
-                with np.load(file, allow_pickle=False) as arrays:
+                with file.open("rb") as f, np.load(f, allow_pickle=False) as arrays:  # numpy leaves a bad one open
                     yield dict(arrays)
 
 
