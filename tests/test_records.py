@@ -231,6 +231,14 @@ def test_a_run_without_an_eps_has_sizes_instead_of_a_robust_accuracy(run):
     assert "Median size" in write_card(run).read_text()
 
 
+def test_accuracy_under_corruptions_is_on_record(run):
+    levels = {"severities": [1, 2], "n": 40, "accuracy": [0.5, 0.25], "interval": [[0.3, 0.7], [0.1, 0.4]]}
+    run.save(natural=[{"name": "fog", **levels}])
+    for page in (write_card(run), write_evidence(run)):
+        text = re.sub("<[^>]*>", "", page.read_text(encoding="utf-8"))
+        assert "under fog at five severities it is right in 37.5 % of cases" in text
+
+
 def test_the_parts_of_all_samples_add_up(run):
     r = record(run)
     assert sum(share for _, _, share in r.shares) == pytest.approx(1)

@@ -9,6 +9,7 @@ from typing import Any, Final, final
 
 from assay.core.plain import plain
 from assay.reports.gates import command
+from assay.reports.natural import natural
 from assay.reports.summary import ClassRow, Manifest, Rate, Summary, dig, read, summarize
 from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
 from assay.reports.text import count, duration, percent, plural
@@ -269,6 +270,8 @@ def _work(manifest: Manifest, s: Summary) -> Iterator[str]:
         yield audited(s.audit)
     if s.method:
         yield f"Proofs: {clip(s.method, 24)}."
+    if harmed := natural(manifest):
+        yield harmed.sentence
 
 
 def _limits(manifest: Manifest, s: Summary) -> Iterator[str]:

@@ -51,7 +51,8 @@ class HopSkipJump(Walk[HopSkipJumpState]):
         band: share of the frequencies of every axis of an image that the u_i have, the lowest, in every other turn from
             the first one on; vectors, and the turns between, have all.
         start: the candidates for a start: ``noise`` (uniform and smooth in turns), ``uniform``, ``smooth``, ``largest``
-            (the largest values of the box, then noise), or a function such as a pool (:class:`assay.attacks.Pool`).
+            (the largest values of the box, then noise), ``sparse`` (more and more values at the ends of the box), or a
+            function such as a pool (:class:`assay.attacks.Pool`).
 
     Example:
         >>> import torch

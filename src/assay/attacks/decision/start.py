@@ -41,7 +41,21 @@ def largest(p: Problem, i: int) -> Inputs:
     return noise(p, i) if i else torch.full_like(p.x0, p.box.hi)
 
 
-STARTS: Final[dict[str, Start]] = {"noise": noise, "uniform": uniform, "smooth": smooth, "largest": largest}
+def sparse(p: Problem, i: int) -> Inputs:
+    """Set some values, chosen at random, to either end of the box, half as many again each time; then noise."""
+    share = max(0.004, 1 / p.x0[0].numel()) * 1.5**i
+    u = p.stage(i).draws.uniform(p.x0.shape[1:], p.x0.dtype)
+    salted = torch.where(u < share, torch.where(u < share / 2, p.box.lo, p.box.hi), p.x0)
+    return salted if share < 1 else noise(p, i)
+
+
+STARTS: Final[dict[str, Start]] = {
+    "noise": noise,
+    "uniform": uniform,
+    "smooth": smooth,
+    "largest": largest,
+    "sparse": sparse,
+}
 """The starts that have a name."""
 
 
