@@ -102,24 +102,30 @@ def foolbox_attack(name: str, **params: Any) -> Callable[[str], Attack]:
     return make
 
 
+def art_scores(net: nn.Module, x: Tensor) -> Any:
+    """Return a network as ART's classifier that shows probabilities only, for samples like x (b, *f)."""
+    from art.estimators.classification import BlackBoxClassifierNeuralNetwork
+
+    return BlackBoxClassifierNeuralNetwork(
+        lambda v: net(torch.as_tensor(v, dtype=torch.float32)).softmax(1).numpy(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=CLASSES,
+        clip_values=(0.0, 1.0),
+    )
+
+
 def art_attack(name: str, **params: Any) -> Callable[[str], Attack]:
     """Make an attack of ART."""
 
     def make(norm: str) -> Attack:
         from art.attacks import evasion
-        from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
         more = {"norm": {"linf": "inf", "l2": 2, "l1": 1}[norm]} if name in ("HopSkipJump", "GeoDA") else {}
 
         vars(np).setdefault("mat", np.asmatrix)  # ART's GeoDA calls it, and NumPy 2 no longer has it
 
         def run(net: nn.Module, x: Tensor, _: Tensor, queries: int) -> Any:
-            model = BlackBoxClassifierNeuralNetwork(
-                lambda v: net(torch.as_tensor(v, dtype=torch.float32)).softmax(1).numpy(),
-                input_shape=tuple(x.shape[1:]),
-                nb_classes=CLASSES,
-                clip_values=(0.0, 1.0),
-            )
+            model = art_scores(net, x)
             # GeoDA fails below 1,000; it leaves a file of its waves in the working directory.
             budget = {"max_iter": max(queries, 1000)} if name == "GeoDA" else {}
             return getattr(evasion, name)(model, **params, **more, **budget, verbose=False).generate(x.numpy())

@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from _black_box_decision import DECISION, Recorder, SpentError
+from _black_box_decision import DECISION, Recorder, SpentError, art_scores
 from minimal_norm import Case, chosen, cifar_case, mnist_case
 from rich.console import Console
 from rich.table import Table
@@ -127,16 +127,9 @@ def art_attack(name: str, params: Params) -> Callable[[str, float], Attack]:
 
     def make(norm: str, eps: float) -> Attack:
         from art.attacks import evasion
-        from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
         def run(net: nn.Module, x: Tensor, y: Tensor, budget: int) -> Any:
-            model = BlackBoxClassifierNeuralNetwork(
-                lambda v: net(torch.as_tensor(v, dtype=torch.float32)).softmax(1).numpy(),
-                input_shape=tuple(x.shape[1:]),
-                nb_classes=CLASSES,
-                clip_values=(0.0, 1.0),
-            )
-            attack = getattr(evasion, name)(model, **params(Setting(norm, eps, budget)), verbose=False)
+            attack = getattr(evasion, name)(art_scores(net, x), **params(Setting(norm, eps, budget)), verbose=False)
             return attack.generate(x.numpy(), np.eye(CLASSES)[y.numpy()])
 
         return run
