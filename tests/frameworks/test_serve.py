@@ -32,11 +32,13 @@ from assay.data import load_data
 from assay.data.fit import Fit
 from assay.models.loaders import load_model
 from assay.runs import Run
+from assay.serve import compare
 from assay.serve.app import make_app
 from assay.serve.catalogue import Catalogue
 from assay.serve.live import Walks
 from assay.serve.run import states
 from assay.serve.sample import gradient
+from assay.serve.shelf import Shelf, Uploads
 from assay.serve.sources import Sources
 from assay.serve.upload import decoded, fit_of
 from assay.study.walk import climb, walk
@@ -67,6 +69,8 @@ def runs(tmp_path_factory, outside):
     plain = evaluate("mnist-plain", folder / "demo" / "plain")
     attack = ["attack", "demo:mnist-plain", "demo:mnist", "--with", "fgsm", "--threat", "linf:0.1", "--limit", "24"]
     assert CliRunner().invoke(command_line, [*attack, "--out", str(folder / "attacked"), "-q"]).exit_code == 0
+    shutil.copytree(folder / "attacked", folder / "earlier")
+    forget(folder / "earlier" / "attack.json")
     shutil.copytree(plain, folder / "hostile" / TAG)
     change(folder / "hostile" / TAG, poison)
     shutil.copytree(plain, folder / "hostile" / os.fsdecode(b"no text \xff"))
@@ -91,6 +95,17 @@ def change(folder, edit):
     manifest = json.loads((folder / "manifest.json").read_text())
     edit(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def forget(file):
+    """Leave only what the first version of the file said."""
+    new = ("assay", "created", "command", "identity", "model", "data", "machine", "misclassified")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+
+
+def make_shelf(folder):
+    sources = Sources()
+    return Shelf(Catalogue(folder), sources, Walks(sources), Uploads())
 
 
 def poison(manifest):
@@ -328,6 +343,35 @@ def test_an_attack_is_a_run_like_others(runs):
     assert f"broke {told['broken']} of {told['attacked']}" in kept.verdict
 
 
+def test_an_attack_has_its_model_and_its_data(runs):
+    kept, shelf = Catalogue(runs).open("attacked"), make_shelf(runs)
+    assert (kept.summary.model, kept.summary.data) == ("mnist-plain", "mnist")
+    assert shelf.sources.model(kept).name == "mnist-plain"
+    clean = shelf.clean(kept, 5, {})
+    assert np.array_equal(clean, load_data("demo:mnist", limit=24).batch([5])[0].numpy())
+    assert shelf.subject({"run": "attacked", "index": 5}).index == 5
+
+
+def test_an_attack_is_compared_with_a_run_and_with_another_attack(runs):
+    shelf = make_shelf(runs)
+    for other in ("demo/plain", "attacked"):
+        page = json.dumps(
+            compare.page(shelf, {"a": "attacked", "b": other}), default=lambda part: part.to_plotly_json()
+        )
+        assert "Sample by sample" in page
+    with pytest.raises(RunError, match="same data"):
+        compare.page(shelf, {"a": "attacked", "b": "earlier"})
+
+
+def test_an_attack_of_an_earlier_version_is_listed_without_model_and_data(runs):
+    kept, now = (Catalogue(runs).open(name) for name in ("earlier", "attacked"))
+    assert kept.samples["status"].to_pylist() == now.samples["status"].to_pylist()
+    assert kept.summary.robust == now.summary.robust
+    with pytest.raises(ModelError):
+        Sources().model(kept)
+    assert make_shelf(runs).clean(kept, 5, {}) is None
+
+
 def test_models_are_loaded_only_by_their_fingerprint(runs, tmp_path):
     robust = Catalogue(runs).open("demo/robust")
     assert Sources().model(robust).name == "mnist-robust"
@@ -443,8 +487,9 @@ def test_images_that_are_cut_foreign_or_bombs_are_refused():
 def test_the_fit_of_an_upload_is_that_of_the_runs_data(runs):
     kept = Catalogue(runs).open("demo/plain")
     assert fit_of(kept, load_model("demo:mnist-plain")) == Fit(28, 28, 28, channels=1)
+    assert fit_of(Catalogue(runs).open("attacked"), load_model("demo:mnist-plain")) == Fit(28, 28, 28, channels=1)
     with pytest.raises(DataError, match="images"):
-        fit_of(Catalogue(runs).open("attacked"), load_model("demo:mnist-plain"))
+        fit_of(Catalogue(runs).open("earlier"), load_model("demo:mnist-plain"))
 
 
 def test_a_climb_is_the_ascent_of_a_walk():

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from assay.cli import options as o
 from assay.cli import workers as w
-from assay.core.errors import RunError
+from assay.core.errors import DataError, RunError
 from assay.core.executor import Executor, device_of, serial
 from assay.core.registry import UsageError, closest
 
@@ -40,6 +41,10 @@ def attack(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the attack, e.g. steps=200.")
     ] = None,
     target: Annotated[str | None, typer.Option(metavar="CLASS", help="Wanted class, by name or number.")] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Samples to start at, instead of noise."),
+    ] = None,
     save_images: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write PNGs proved to fool when read back; sets --quantize 8."),
@@ -80,11 +85,15 @@ def attack(
 
     chosen = get(with_, **o.parameters(set_ or []))
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    mark = _mark(net) if out is not None else ""  # before the model is asked anything: it may count its calls
     samples = net.takes(o.data_of(data, size, limit=limit, trust_pickle=trust_pickle))
     bits = _bits(quantize, samples.shape, save_images)
     place, parsed = o.device_of(device), replace(Threat.parse(threat), quantize=bits)
     shared = w.executor_of(executor, workers, gpus_per_worker, address, place)
     findings = check_data(samples, net.domain)
+    if start_from is not None:
+        pool = net.takes(o.data_of(start_from, size, limit=None, trust_pickle=trust_pickle))
+        chosen = _started(chosen, with_, pool, samples.shape)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
     checked = check_model(net, samples, parsed, place)
     wanted = None if target is None else _class(target, samples, checked.classes)
@@ -105,9 +114,24 @@ def attack(
         "target": wanted,
         "findings": [f.to_json() for f in (*findings, *checked.findings)],
     }
-    if out is not None:
-        _keep(out, result, found)
+    _keep(out, result, found, mark, checked.classes)
     _show(result, as_json=as_json, quiet=quiet)
+
+
+def _started(chosen: "Runnable", name: str, pool: "Data", shape: tuple[int, ...]) -> "Runnable":
+    """Return an attack that sees labels only, with samples of the attacked ones' ``shape`` to start at."""
+    from assay.attacks import Pool, names
+    from assay.attacks.decision.walk import Walk
+    from assay.attacks.registry import ATTACKS
+
+    if not isinstance(chosen, Walk):
+        able = [n for n in names(access="decision") if isinstance(k := ATTACKS[n], type) and issubclass(k, Walk)]
+        expected = "with --start-from, an attack that walks from a start"
+        raise UsageError(expected, repr(name), f"One of {', '.join(able)}.")
+    if pool.shape != shape:
+        raise DataError(f"samples {shape} to start from", f"{pool.shape}", "Resize them, or leave --start-from out.")
+    walk: Any = chosen  # each kind of walk is a dataclass, though Walk is none
+    return replace(walk, start=Pool(pool.batch(range(len(pool))), pool.labels))  # type: ignore[no-any-return]
 
 
 def _bits(quantize: int | None, shape: tuple[int, ...], images: Path | None) -> int | None:
@@ -137,23 +161,63 @@ def _clear(folder: Path | None) -> None:
             path.unlink()
 
 
-def _keep(folder: Path, result: dict[str, Any], found: "_Found") -> None:
+def _mark(net: "Model") -> str:
+    from assay.models.fingerprint import fingerprint
+
+    return fingerprint(net)
+
+
+def _keep(folder: Path | None, result: dict[str, Any], found: "_Found", mark: str, classes: int) -> None:
     """Write what was found: ``attack.json``, and one row a sample that was attacked in ``adversarials.npz``."""
+    if folder is None:
+        return
     import numpy as np
     import torch
 
-    from assay.attacks import describe_attack
-
-    blocks = sorted(found.blocks, key=lambda b: int(b["index"][0]))
+    said = [b | {"prediction": found.work.ask(b["x"])} for b in found.blocks]
+    blocks = sorted(said, key=lambda b: int(b["index"][0]))
     columns = {k: torch.cat([b[k] for b in blocks]).numpy() for k in (blocks or [{}])[0]}
     part = folder / ".adversarials.part.npz"
     np.savez(part, **columns)  # type: ignore[arg-type]
     part.replace(folder / "adversarials.npz")
-    told = {"parameters": describe_attack(found.work.attack), "seed": found.work.seed}
-    text = json.dumps(result | told, indent=1)
+    text = json.dumps(result | _told(result, found, mark, classes), indent=1)
     part = folder / ".attack.json.part"
     part.write_text(text + "\n")
     part.replace(folder / "attack.json")
+
+
+def _told(result: dict[str, Any], found: "_Found", mark: str, classes: int) -> dict[str, Any]:
+    """Return what the file says beside the result: of whom, by whom, where, and which samples were wrong as they are.
+
+    As in the manifest of a run, ``identity`` is what decides the numbers.
+    """
+    from assay import __version__
+    from assay.attacks import describe_attack
+    from assay.evaluation.about import about
+
+    work = found.work
+    told = about(work.model, work.data, mark, classes, work.device)
+    identity = {
+        "threat": work.threat.to_json(),
+        "effort": result["attack"],
+        "target": work.wanted,
+        "max_passes": work.max_passes,
+        "seed": work.seed,
+        "model": mark,
+        "data": told["data"]["fingerprint"],
+        "n": len(work.data),
+        "assay": __version__,
+    }
+    return {
+        "parameters": describe_attack(work.attack),
+        "seed": work.seed,
+        "assay": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": o.command_line(),
+        "identity": identity,
+        **told,
+        "misclassified": found.misclassified(),
+    }
 
 
 def _class(text: str, data: "Data", classes: int) -> int:
@@ -187,7 +251,7 @@ class _Work:
         parts = (executor or serial)(partial(_attacked, self), (r.tolist() for r in rows))
         with contextlib.ExitStack() as stack:
             stack.callback(getattr(parts, "close", lambda: None))
-            yield from (part for part in parts if part)
+            yield from parts
 
     def ask(self, x: "Tensor") -> "Tensor":
         """Return predicted labels."""
@@ -201,19 +265,24 @@ class _Work:
 
 
 def _attacked(work: _Work, rows: list[int]) -> dict[str, "Tensor"]:
-    """Attack those samples that are right, and not of the wanted class already; return columns, a row for each."""
+    """Attack those samples that are right, and not of the wanted class already; return columns, a row for each.
+
+    ``wrong`` (k, 3) are index, label and prediction of those that are wrong as they are.
+    """
     import torch
 
     index = torch.tensor(rows)
     x, y = work.data.batch(index), work.data.labels[index]
-    at = ((work.ask(x) == y) & (y != (-1 if work.wanted is None else work.wanted))).nonzero()[:, 0]
+    said = work.ask(x)
+    wrong = torch.stack([index, y, said], dim=1)[said != y]
+    at = ((said == y) & (y != (-1 if work.wanted is None else work.wanted))).nonzero()[:, 0]
     if not len(at):
-        return {}
+        return {"wrong": wrong}
     goal = y[at] if work.wanted is None else torch.full_like(y[at], work.wanted)
     how: dict[str, Any] = {"indices": index[at], "device": work.device, "max_passes": work.max_passes}
     r = work.attack(work.model, x[at], goal, work.threat, work.seed, **how)
     found = {n: getattr(r, n) for n in ("x", "success", "size", "forwards", "backwards")}
-    return {"index": index[at], "label": y[at], **found}
+    return {"wrong": wrong, "index": index[at], "label": y[at], **found}
 
 
 @dataclass(slots=True)
@@ -230,9 +299,14 @@ class _Found:
     proved: int = 0
     sizes: list[float] = field(default_factory=list)
     blocks: list[dict[str, "Tensor"]] = field(default_factory=list)
+    wrong: list[tuple[int, int, int]] = field(default_factory=list)
 
     def add(self, part: dict[str, "Tensor"]) -> None:
         """Count what came of a block, and keep it."""
+        self.wrong += [(i, y, said) for i, y, said in part["wrong"].tolist()]
+        part = {name: column for name, column in part.items() if name != "wrong"}
+        if not part:
+            return
         success = part["success"]
         if not self.attacked:
             _clear(self.folder)
@@ -267,6 +341,11 @@ class _Found:
                 unproved.unlink()
         self.written += len(paths)
         self.proved += int(fools.sum())
+
+    def misclassified(self) -> dict[str, list[int]]:
+        """Return the samples that are wrong as they are, by column."""
+        columns = zip(*sorted(self.wrong), strict=True) if self.wrong else ((), (), ())
+        return {name: [*column] for name, column in zip(("index", "label", "prediction"), columns, strict=True)}
 
     def summary(self) -> dict[str, Any]:
         sizes = sorted(self.sizes)

@@ -11,7 +11,7 @@ from assay.cli import options as o
 
 @o.told
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    a: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an attack.")],
     b: Annotated[Path, typer.Argument(metavar="RUN", help="That of another, on the same data.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one HTML page, with pictures of what changed sides.")
@@ -29,10 +29,10 @@ def compare(
     from assay.core.plain import printable
     from assay.reports.comparison import write_comparison
     from assay.reports.paired import conclusion, print_comparison
-    from assay.runs import Run
     from assay.runs.compare import compare as compare_runs
+    from assay.runs.source import opened
 
-    runs = Run.read(a), Run.read(b)
+    runs = opened(a), opened(b)
     found = compare_runs(*runs)
     page = None if out is None else str(write_comparison(out, *runs, found))
     if as_json:

@@ -1,16 +1,12 @@
 """``assay report``: a page from a run, a section of a model card, or a sheet of evidence."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from assay.cli import options as o
 from assay.core.registry import one_of
-
-if TYPE_CHECKING:
-    from assay.runs import Run
 
 Form = Annotated[
     str, typer.Option("--as", metavar="html|card|evidence", help="A page, a model card's section, one page for audits.")
@@ -23,7 +19,7 @@ OutFile = Annotated[
 
 @o.told
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an attack (html only).")],
     form: Form = "html",
     out: OutFile = None,
     as_json: o.Json = False,
@@ -36,10 +32,8 @@ def report(
     assay report runs/mine --as card --out README.md
     assay report runs/mine --as evidence --out evidence.pdf
     """
-    from assay.runs import Run
-
     one_of("--as", form, _FORMS)
-    page = _writer(form)(Run.read(run), out)
+    page = _written(form, run, out)
     if as_json:
         o.emit({"report": str(page)})
     else:
@@ -49,9 +43,13 @@ def report(
 _FORMS = ("html", "card", "evidence")
 
 
-def _writer(form: str) -> "Callable[[Run, Path | None], Path]":
+def _written(form: str, folder: Path, out: Path | None) -> Path:
     from assay.reports import write_report
     from assay.reports.card import write_card
     from assay.reports.evidence import write_evidence
+    from assay.runs import Run
+    from assay.runs.source import opened
 
-    return {"html": write_report, "card": write_card, "evidence": write_evidence}[form]
+    if form == "html":
+        return write_report(opened(folder), out)
+    return {"card": write_card, "evidence": write_evidence}[form](Run.read(folder), out)

@@ -13,10 +13,10 @@ from typing import Any, Final, TypeVar, final
 
 from assay.core.errors import RunError
 from assay.core.optional import need
-from assay.distributed.pool import Answered, Died, Event, Failed, Ready, drive
-from assay.distributed.processes import check_sizes
+from assay.distributed.pool import Died, Event, Ready, drive, heard
 from assay.distributed.schedule import PATIENT, Rules, Ticket, Worker
-from assay.distributed.worker import attempt, outcome, received, sent
+from assay.distributed.sizes import check_sizes, device_with
+from assay.distributed.worker import attempt, received, sent
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -63,7 +63,7 @@ class RayExecutor:
     @property
     def device(self) -> str:
         """Where workers compute."""
-        return "cuda" if self.gpus_per_worker else "cpu"
+        return device_with(self.gpus_per_worker)
 
     def __call__(self, work: Callable[[Task], Answer], tasks: Iterable[Task]) -> Iterator[Answer]:
         """Send the work to all workers, then yield the answers to the tasks as they come.
@@ -172,8 +172,7 @@ class _RayPool:
         if ticket is None:
             self._deadline = None
             return Ready(worker)
-        worked, value = outcome(content)
-        return Answered(worker, ticket, value) if worked else Failed(worker, ticket, value)
+        return heard(worker, ticket, content)
 
     def close(self) -> None:
         for actor in self._actors.values():

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, final
 
 from assay.core.errors import RunError
 from assay.distributed.schedule import PATIENT, Rules, Schedule, Ticket, Worker
+from assay.distributed.worker import outcome
 
 Task = TypeVar("Task")
 
@@ -51,6 +52,12 @@ class Died:
 
 
 Event: TypeAlias = Ready | Answered | Failed | Died
+
+
+def heard(worker: Worker, ticket: Ticket, content: Any) -> Answered | Failed:
+    """Return what a worker's answer, as :func:`attempt` packs it, says of its task."""
+    worked, value = outcome(content)
+    return Answered(worker, ticket, value) if worked else Failed(worker, ticket, value)
 
 
 class Pool(Protocol):

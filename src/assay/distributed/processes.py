@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from assay.core.registry import UsageError
-from assay.distributed.pool import Answered, Died, Event, Failed, Ready, drive
+from assay.distributed.pool import Died, Event, Ready, drive, heard
 from assay.distributed.schedule import PATIENT, Rules, Ticket, Worker
-from assay.distributed.worker import attempt, outcome, received, sent
+from assay.distributed.sizes import check_sizes, device_with
+from assay.distributed.worker import attempt, received, sent
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -60,7 +61,7 @@ class Processes:
     @property
     def device(self) -> str:
         """Where workers compute."""
-        return "cuda" if self.gpus_per_worker else "cpu"
+        return device_with(self.gpus_per_worker)
 
     def __call__(self, work: Callable[[Task], Answer], tasks: Iterable[Task]) -> Iterator[Answer]:
         """Send the work to all workers, then yield the answers to the tasks as they come.
@@ -72,15 +73,6 @@ class Processes:
         places = _places(self.workers, self.gpus_per_worker)
         pool = _ProcessPool(sent(work), places, self.threads)
         return drive(pool, tasks, self.workers, self.rules)
-
-
-def check_sizes(workers: int, gpus_per_worker: float, threads: int) -> None:
-    """Refuse an executor without workers."""
-    if workers < 1 or threads < 1 or gpus_per_worker < 0:
-        found = f"{workers} workers, {gpus_per_worker:g} GPUs and {threads} threads each"
-        raise UsageError("at least 1 worker, 1 thread and 0 GPUs", found, "Leave them out for the defaults.")
-    if gpus_per_worker > 1 and gpus_per_worker % 1:
-        raise UsageError("whole GPUs, or a part of one", f"{gpus_per_worker:g}", "Give 0.5, 1, 2, ...")
 
 
 def _places(workers: int, gpus: float) -> list[str]:
@@ -161,10 +153,9 @@ class _ProcessPool:
             if content == _READY:
                 return Ready(worker)
             ticket = int.from_bytes(content, "little")
-            worked, value = outcome(pipe.recv_bytes())
+            return heard(worker, ticket, pipe.recv_bytes())
         except (EOFError, OSError):  # it ended, perhaps in the middle of an answer
             return Died(worker, self._buried(worker))
-        return Answered(worker, ticket, value) if worked else Failed(worker, ticket, value)
 
     def _buried(self, worker: Worker) -> str:
         """Let go of a process that ended, and say how it did."""

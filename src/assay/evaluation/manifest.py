@@ -1,15 +1,11 @@
 """What a run's manifest says: before it begins, and what the whole of it showed."""
 
-import platform
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from assay.attacks.taxonomy import tags
+from assay.evaluation.about import about
 from assay.evaluation.block import Job
 from assay.evaluation.course import Course
 from assay.evaluation.diagnosis import judge
@@ -34,8 +30,7 @@ def new_manifest(
     from assay import __version__
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    model, data, module = job.model, job.data, job.model.module
-    how = {"samples": model.samples, "probabilities": model.probabilities}
+    model, data = job.model, job.data
     return {
         "assay": __version__,
         "complete": False,
@@ -55,42 +50,16 @@ def new_manifest(
             "data": data.fingerprint(),
             "n": len(data),
             "assay": __version__,
-            **how,
+            "samples": model.samples,
+            "probabilities": model.probabilities,
         },
-        "model": {
-            "name": model.name,
-            "fingerprint": mark,
-            "classes": classes,
-            "parameters": sum(p.numel() for p in module.parameters()) if module is not None else None,
-            **_plain({"box": [model.domain.lo, model.domain.hi], "mean": model.mean, "std": model.std}),
-            **how,
-        },
-        "data": {
-            "name": data.name,
-            "source": data.source,
-            "fingerprint": data.fingerprint(),
-            "n": len(data),
-            "shape": list(data.shape),
-            "class_names": list(names) if (names := data.class_names or model.class_names) else None,
-        },
-        "machine": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "platform": f"{platform.system()} {platform.machine()}",
-            "device": str(job.device or "as the model"),
-            "threads": torch.get_num_threads(),
-        },
+        **about(model, data, mark, classes, job.device),
         "taxonomy": tags(r.attack for r in (*job.plan.rounds, *job.plan.ladder)),
         "eps_list": [*course.eps_list] or None,
         "tolerance": _TOLERANCE,
         "totals": None,
         "findings": [f.to_json() for f in findings],
     }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.tolist() if isinstance(v, Tensor | np.ndarray) else v for k, v in values.items()}
 
 
 def finish(run: Run, result: Evaluation, *, complete: bool) -> None:

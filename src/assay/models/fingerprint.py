@@ -4,14 +4,15 @@ import functools
 import hashlib
 import re
 import types
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from assay.models.model import Model
+from assay.models.pieces import Inner, pieces
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
@@ -28,7 +29,7 @@ def fingerprint(model: Model) -> str:
     normalisation = [None if v is None else _numbers(v) for v in (model.mean, model.std)]
     settings = (model.domain.lo, model.domain.hi, normalisation, model.samples, model.probabilities, model.rejects)
     digest.update(repr(settings).encode())
-    for piece in _pieces(model.net, set()):
+    for piece in pieces(model.net, _parts, _PLAIN, set()):
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     return digest.hexdigest()
@@ -38,65 +39,64 @@ def _numbers(v: Any) -> Any:
     return torch.as_tensor(v, dtype=torch.float64).tolist()
 
 
-def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
-    """Yield bytes that tell a value from others; an object that is met again adds nothing."""
-    if isinstance(value, int | float | str | None):
+_PLAIN: Final = (int, float, str, types.NoneType)
+
+
+def _parts(value: Any) -> Iterator[bytes | Inner]:
+    """Yield bytes that tell a value from others, and what it holds."""
+    if isinstance(value, _PLAIN):
         yield _written(value)
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield from _module(value, seen)
-    elif isinstance(value, Tensor):
-        yield from _tensor("", value)
-    elif isinstance(value, np.ndarray):
-        yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
+    elif isinstance(value, nn.Module):
+        yield from _module(value)
+    elif isinstance(value, Tensor | np.ndarray):
+        yield from _array(value)
     elif isinstance(value, functools.partial):
         yield _written(sorted(value.keywords))
-        yield from _each((value.func, *value.args, *value.keywords.values()), seen)
+        yield from map(Inner, (value.func, *value.args, *value.keywords.values()))
     elif isinstance(value, types.MethodType):
-        yield from _each((value.__func__, value.__self__), seen)
+        yield from map(Inner, (value.__func__, value.__self__))
     elif isinstance(value, types.FunctionType):
         yield value.__qualname__.encode()
         yield from _code(value.__code__)
-        yield from _each((*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())), seen)
+        yield from map(Inner, (*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())))
     else:
-        yield from _other(value, seen)
+        yield from _other(value)
 
 
-def _each(values: Iterable[Any], seen: set[int]) -> Iterator[bytes]:
-    for v in values:
-        yield from _pieces(v, seen)
+def _array(value: Tensor | np.ndarray[Any, Any]) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield from _tensor("", value)
+    else:
+        yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
 
 
-def _other(value: Any, seen: set[int]) -> Iterator[bytes]:
+def _other(value: Any) -> Iterator[bytes | Inner]:
     """Yield the class of an object, the code of its call, and what it holds that may compute."""
     yield f"{_name(type(value))} {getattr(value, '__qualname__', '')}".encode()
     held = {"": vars(type(value)).get("__call__"), **getattr(value, "__dict__", {})}
     for name, v in held.items():
         if isinstance(v, nn.Module | Tensor | np.ndarray | types.FunctionType | types.MethodType):
             yield name.encode()
-            yield from _pieces(v, seen)
+            yield Inner(v)
         elif isinstance(v, list | tuple):
             yield name.encode()
-            yield from _each(v, seen)
+            yield from map(Inner, v)
         elif isinstance(v, bool | float | str):  # not int: it may count calls
             yield name.encode() + _written(v)
 
 
-def _module(module: nn.Module, seen: set[int]) -> Iterator[bytes]:
+def _module(module: nn.Module) -> Iterator[bytes | Inner]:
     yield _written(module)
     for name, m in module.named_modules():
         yield f"{name} {_name(type(m))}".encode()
         if isinstance(m, torch.fx.GraphModule):
             yield m.code.encode()
-        yield from _own(m, seen)
+        yield from _own(m)
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         yield from _tensor(name, t)
 
 
-def _own(module: nn.Module, seen: set[int]) -> Iterator[bytes]:
+def _own(module: nn.Module) -> Iterator[bytes | Inner]:
     """Yield what the user's class adds to a module: the code of its methods, plain attributes, functions it holds."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch."):
@@ -110,10 +110,10 @@ def _own(module: nn.Module, seen: set[int]) -> Iterator[bytes]:
             yield name.encode() + _written(v)
         elif isinstance(v, Tensor | np.ndarray):
             yield name.encode()
-            yield from _pieces(v, set())
+            yield from _array(v)
         elif isinstance(v, _FUNCTIONS):
             yield name.encode()
-            yield from _pieces(v, seen)
+            yield Inner(v)
 
 
 def _tensor(name: str, t: Tensor) -> Iterator[bytes]:

@@ -29,8 +29,9 @@ from assay.reports.paired import (
     units,
 )
 from assay.reports.summary import Rate, Summary, dig, noun_of, read, summarize
-from assay.runs import Run, exact_interval
+from assay.runs import exact_interval
 from assay.runs.compare import Change, Comparison, Shares
+from assay.runs.source import Source
 
 _FIRST: Final = 20
 """Classes that are seen at once."""
@@ -39,7 +40,7 @@ _LISTED: Final = 500
 """Samples that changed sides and are listed; ``--json`` has them all."""
 
 
-def write_comparison(path: Path, a: Run, b: Run, c: Comparison) -> Path:
+def write_comparison(path: Path, a: Source, b: Source, c: Comparison) -> Path:
     """Write a page about the comparison ``c`` of two runs, and return where it is.
 
     Args:
@@ -55,7 +56,7 @@ def write_comparison(path: Path, a: Run, b: Run, c: Comparison) -> Path:
     return write_page(file, render_comparison(a, b, c), parents=True)
 
 
-def render_comparison(a: Run, b: Run, c: Comparison) -> str:
+def render_comparison(a: Source, b: Source, c: Comparison) -> str:
     """Return the page as text."""
     sides = [_Read.of(run) for run in (a, b)]
     called = names(c)
@@ -94,12 +95,12 @@ def render_comparison(a: Run, b: Run, c: Comparison) -> str:
 class _Read:
     """A run that is read."""
 
-    run: Run
+    run: Source
     summary: Summary
     samples: pa.Table
 
     @classmethod
-    def of(cls, run: Run) -> "_Read":
+    def of(cls, run: Source) -> "_Read":
         manifest, samples = read(run)
         return cls(run, summarize(manifest), samples)
 
@@ -228,7 +229,7 @@ def _row(c: Comparison, x: Change, labels: dict[int, str]) -> tuple[int, str, st
     return x.index, labels.get(x.label, str(x.label)), fell(x, labels), x.broken_by or "", units(c).show(x.size)
 
 
-def _sheet(title: str, run: Run) -> tuple[str, list[tuple[str, str]]]:
+def _sheet(title: str, run: Source) -> tuple[str, list[tuple[str, str]]]:
     """Return what one of the runs was, as a titled list of names and values."""
     found: dict[str, Any] = {
         "run": run.path.resolve().name,

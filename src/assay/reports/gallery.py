@@ -13,7 +13,7 @@ import pyarrow as pa
 from assay.reports.pictures import as_image, difference, picture, stems, trace
 from assay.reports.summary import Summary, dig
 from assay.reports.text import percent
-from assay.runs import Run
+from assay.runs.source import Source
 
 Row = Mapping[str, Any]
 """One fooled sample: its arrays from the store, and its size and attack from the table."""
@@ -53,7 +53,7 @@ class Card:
     views: tuple[View, ...]
 
 
-def drawn(run: Run, s: Summary, samples: pa.Table) -> tuple[tuple[Card, ...], str]:
+def drawn(run: Source, s: Summary, samples: pa.Table) -> tuple[tuple[Card, ...], str]:
     """Return the gallery of some samples of a run, and a sentence where the stored inputs cannot be read."""
     box = dig(run.manifest, "model", "box") or dig(run.manifest, "identity", "threat", "box")
     try:

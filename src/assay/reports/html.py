@@ -25,12 +25,13 @@ from assay.reports.natural import natural
 from assay.reports.summary import ClassRow, Manifest, Summary, dig, points, read, summarize, whole
 from assay.reports.table import audited, interrupted, median_radius, median_size, sentence, stopped
 from assay.runs import Run
+from assay.runs.source import Source
 from assay.runs.totals import number, rows
 
 _MOST_CLASSES = 20
 
 
-def write_report(run: Run, out: Path | None = None) -> Path:
+def write_report(run: Source, out: Path | None = None) -> Path:
     """Write the report of a run, finished or not, and return where it is.
 
     Args:
@@ -62,7 +63,7 @@ def write_page(path: Path, page: str, *, parents: bool = False) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: Source) -> str:
     """Return the report as text."""
     manifest, samples = read(run)
     s, asked = summarize(manifest), points(manifest, samples)
@@ -75,6 +76,7 @@ def render(run: Run) -> str:
         .render(
             s=s,
             run=run.path.resolve().name,
+            diagnosed=isinstance(run, Run),
             command=str(run.manifest.get("command") or ""),
             version=str(run.manifest.get("assay") or ""),
             verdict=sentence(s, samples),

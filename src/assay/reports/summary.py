@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from assay.core.plain import plain
 from assay.reports.text import Units
-from assay.runs import Curve, Run, exact_interval, totals
+from assay.runs import Curve, exact_interval, totals
 from assay.runs.schema import UNATTACKED
+from assay.runs.source import Source
 from assay.runs.totals import number, rows
 
 Manifest = Mapping[str, Any]
@@ -202,7 +203,7 @@ def noun_of(shape: Any) -> str:
     return "image" if image else "sample"
 
 
-def read(run: Run) -> tuple[Manifest, pa.Table]:
+def read(run: Source) -> tuple[Manifest, pa.Table]:
     """Return a run's manifest and table; totals that do not fit the table, as of a killed run, are counted anew."""
     samples, manifest = run.samples(), run.manifest
     known = dig(manifest, "totals")

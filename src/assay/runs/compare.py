@@ -27,7 +27,7 @@ from assay.runs.paired import (
     shares,
     sizes,
 )
-from assay.runs.store import Run
+from assay.runs.source import Source, opened
 
 __all__ = [
     "Change",
@@ -145,8 +145,8 @@ def _finite(value: Any) -> Any:
 
 
 def compare(
-    a: Run | str | os.PathLike[str],
-    b: Run | str | os.PathLike[str],
+    a: Source | str | os.PathLike[str],
+    b: Source | str | os.PathLike[str],
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -166,7 +166,7 @@ def compare(
     Raises:
         RunError: the runs are on different data (the message says what differs), or have no sample in common.
     """
-    runs = [v if isinstance(v, Run) else Run.read(v) for v in (a, b)]
+    runs = [opened(v) if isinstance(v, str | os.PathLike) else v for v in (a, b)]
     _check_data(*runs)
     tables = [run.samples() for run in runs]
     pair = _paired(*tables)
@@ -266,13 +266,13 @@ def _changes(pair: tuple[pa.Table, pa.Table], held: Both) -> Iterator[Change]:
     yield from (Change(**row) for row in sorted(told, key=lambda row: row["index"]))
 
 
-def _names(runs: list[Run]) -> list[Any]:
+def _names(runs: list[Source]) -> list[Any]:
     """Return the class names of the first run that has any."""
     given = (part(run.manifest, "data").get("class_names") for run in runs)
     return next((names for names in given if isinstance(names, list)), [])
 
 
-def _check_data(a: Run, b: Run) -> None:
+def _check_data(a: Source, b: Source) -> None:
     marks = [part(run.manifest, "data") for run in (a, b)]
     if marks[0].get("fingerprint") == marks[1].get("fingerprint") and marks[0].get("fingerprint"):
         return
@@ -295,11 +295,11 @@ def _paired(a: pa.Table, b: pa.Table) -> tuple[pa.Table, pa.Table]:
     return a.take(at), b.take(to)
 
 
-def _identity(run: Run) -> Identity:
+def _identity(run: Source) -> Identity:
     return part(run.manifest, "identity")
 
 
-def _side(run: Run, samples: int) -> Side:
+def _side(run: Source, samples: int) -> Side:
     identity = _identity(run)
     return Side(
         run=str(run.path),

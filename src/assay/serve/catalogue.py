@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from assay.core.errors import AssayError, RunError
 from assay.reports.summary import Manifest, Summary, dig, read, summarize, whole
 from assay.reports.table import sentence
-from assay.runs import SAMPLES, Run, totals
+from assay.runs import Run
+from assay.runs.attacked import HEAD, INPUTS, Attacked
+from assay.runs.source import Source
 from assay.threats import Threat
 
 _DEPTH: Final = 4
@@ -65,6 +67,12 @@ class Kept:
         except (TypeError, ValueError, IndexError, KeyError):
             return 0.0, 1.0
         return (low, high) if np.isfinite(low) and np.isfinite(high) and low < high else (0.0, 1.0)
+
+    @property
+    def source(self) -> Source:
+        """The run, to be read by what knows no pages."""
+        told = dict(self.manifest)
+        return Run(self.path, told) if self.kind == "run" else Attacked(self.path, told, self.samples)
 
     def row(self, index: int) -> dict[str, Any] | None:
         """Return what the table says of a sample."""
@@ -154,7 +162,7 @@ def _kind(folder: Path) -> Kind | None:
     try:
         if (folder / "manifest.json").is_file():
             return "run"
-        return "attack" if (folder / "attack.json").is_file() else None
+        return "attack" if (folder / HEAD).is_file() else None
     except OSError:
         return None
 
@@ -164,7 +172,7 @@ def _inside(root: Path, path: Path) -> bool:
 
 
 def _head(path: Path, kind: Kind) -> Path:
-    return path / ("manifest.json" if kind == "run" else "attack.json")
+    return path / ("manifest.json" if kind == "run" else HEAD)
 
 
 def _mark(path: Path, kind: Kind) -> Mark:
@@ -179,7 +187,7 @@ def _mark(path: Path, kind: Kind) -> Mark:
 
 def _files(path: Path, kind: Kind) -> list[Path]:
     """Return the files with the inputs of a run."""
-    return [path / "adversarials.npz"] if kind == "attack" else sorted((path / "adversarials").glob("[!.]*.npz"))
+    return [path / INPUTS] if kind == "attack" else sorted((path / "adversarials").glob("[!.]*.npz"))
 
 
 def _of(file: Path, indices: Sequence[int]) -> dict[int, Arrays]:
@@ -235,7 +243,7 @@ def _checked(root: Path, entry: Entry) -> dict[str, Any]:
         return Run.read(entry.path).manifest
     told = json.loads(head.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
-        raise RunError("an attack.json that is an object", type(told).__name__, "Repeat the attack.")
+        raise RunError(f"an {HEAD} that is an object", type(told).__name__, "Repeat the attack.")
     return told
 
 
@@ -266,17 +274,10 @@ def _run(entry: Entry) -> Kept:
 
 
 def _attack(entry: Entry, told: dict[str, Any]) -> Kept:
-    """Read what ``assay attack --out`` wrote as if it were a run: a sample that was not attacked was wrong as it is."""
-    threat, name = Threat.parse(str(told["threat"])), str(told["attack"])
-    aimed = whole(told.get("target")) is not None
-    samples = _attacked(entry, name, whole(told.get("n")) or 0, aimed=aimed)
-    manifest: dict[str, Any] = {
-        "complete": True,
-        "identity": {"threat": threat.to_json() | {"targeted": aimed}, "effort": name},
-        "data": {"n": len(samples)},
-        "findings": told.get("findings"),
-        "totals": totals(samples, (), eps=threat.eps, class_names=None),
-    }
+    """Read what ``assay attack --out`` wrote as if it were a run."""
+    name = str(told["attack"])
+    found = Attacked.of(entry.path, told if "identity" in told else told | _earlier(told, name))
+    manifest, samples = read(found)
     summary = summarize(manifest)
     broken, tried = int(sum(samples["fooled"].to_pylist())), whole(told.get("attacked")) or 0
     rate = f" ({broken / tried:.1%})" if tried else ""
@@ -284,29 +285,8 @@ def _attack(entry: Entry, told: dict[str, Any]) -> Kept:
     return Kept(entry.name, entry.path, "attack", manifest, samples, summary, verdict)
 
 
-def _attacked(entry: Entry, name: str, n: int, *, aimed: bool) -> pa.Table:
-    for file in _files(entry.path, "attack"):
-        with np.load(file, allow_pickle=False) as arrays:
-            index, label, fooled, size, *passes = (
-                arrays[k] for k in ("index", "label", "success", "size", "forwards", "backwards")
-            )
-    others = np.empty(0, np.int64) if aimed else np.setdiff1d(np.arange(min(n, 10**6)), index)
-    rest, few = len(others), len(index)
-    sizes = np.concatenate([np.where(fooled, size, np.inf), np.zeros(rest)])
-    columns = {
-        "index": np.concatenate([index, others]),
-        "label": np.concatenate([label, np.full(rest, -1)]),
-        "prediction": np.concatenate([label, np.full(rest, -1)]),
-        "margin": np.full(few + rest, np.nan),
-        "fooled": np.concatenate([fooled, np.zeros(rest, bool)]),
-        "adversarial_prediction": [None] * (few + rest),
-        "size": sizes,
-        "broken_by": [*(name if f else None for f in fooled.tolist()), *[None] * rest],
-        "certified": [None] * (few + rest),
-        "lower": np.zeros(few + rest),
-        "upper": sizes,
-        "forwards": np.concatenate([passes[0], np.zeros(rest, np.int64)]),
-        "backwards": np.concatenate([passes[1], np.zeros(rest, np.int64)]),
-        "status": [*("fooled" if f else "robust" for f in fooled.tolist()), *["misclassified"] * rest],
-    }
-    return pa.table(columns, schema=SAMPLES).sort_by("index")
+def _earlier(told: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what files of earlier versions, which told neither model nor data, say of the threat."""
+    aimed = whole(told.get("target")) is not None
+    threat = Threat.parse(str(told["threat"])).to_json() | {"targeted": aimed}
+    return {"identity": {"threat": threat, "effort": name}}

@@ -4,7 +4,6 @@ from typing import Final
 
 from assay.reports.paired import conclusion, factor, p_text, points
 from assay.reports.text import DASH, count, percent
-from assay.runs import Run
 from assay.runs.compare import Comparison, Shares, compare
 from assay.serve.catalogue import Kept
 from assay.serve.elements import Element, h, kept_together, link, table
@@ -22,7 +21,7 @@ def page(shelf: Shelf, query: Query) -> Element:
         RunError: one is not there, or they are on different data.
     """
     a, b = (shelf.catalogue.open(query.get(side, "")) for side in ("a", "b"))
-    c = compare(Run(a.path, dict(a.manifest)), Run(b.path, dict(b.manifest)))
+    c = compare(a.source, b.source)
     return h(
         "Div",
         h("H1", kept_together(conclusion(c))),

@@ -80,8 +80,8 @@ def _row(e: Entry, at: int | None) -> list[Element]:
     return [
         pick,
         h("Span", link(e.name, "run", name=e.name), "" if s.complete else h("Span", " interrupted", className="dim")),
-        DASH if e.kind == "attack" else s.model,
-        DASH if e.kind == "attack" else s.data,
+        s.model,
+        s.data,
         h("Span", s.threat, h("Span", f" {e.kind}", className="dim") if e.kind == "attack" else None),
         *(_share(r) for r in (s.clean, s.robust, s.certified)),
         _findings(e),

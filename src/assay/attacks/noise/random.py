@@ -1,5 +1,6 @@
 """Random noise: Gaussian, uniform, and salt and pepper."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -35,8 +36,7 @@ class Gaussian:
         _check_grain(self.grain)
 
     def way(self, p: Problem, draw: int) -> Way:
-        shape = smaller(p.x0.shape, 1 / self.grain)
-        return _added(p, blown_up(p.stage(draw).draws.normal(shape, p.x0.dtype), p.x0.shape, "nearest"))
+        return _added(p, p.stage(draw).draws.normal, self.grain)
 
 
 @final
@@ -56,9 +56,8 @@ class Uniform:
         _check_grain(self.grain)
 
     def way(self, p: Problem, draw: int) -> Way:
-        shape = smaller(p.x0.shape, 1 / self.grain)
-        u = 2 * p.stage(draw).draws.uniform(shape, p.x0.dtype) - 1
-        return _added(p, blown_up(u, p.x0.shape, "nearest"))
+        uniform = p.stage(draw).draws.uniform
+        return _added(p, lambda shape, dtype: 2 * uniform(shape, dtype) - 1, self.grain)
 
 
 @final
@@ -86,8 +85,9 @@ def _ranks(draws: Draws, like: Inputs) -> Inputs:
     return (order / order.shape[1]).to(like.dtype).view(like.shape)
 
 
-def _added(p: Problem, noise: Inputs) -> Way:
-    """Return the way of growing multiples of the noise, clipped into the box."""
+def _added(p: Problem, numbers: Callable[[tuple[int, ...], torch.dtype], Tensor], grain: int) -> Way:
+    """Return the way of growing multiples of noise, clipped into the box; the numbers are those of each square."""
+    noise = blown_up(numbers(smaller(p.x0.shape, 1 / grain), p.x0.dtype), p.x0.shape, "nearest")
 
     def at(strength: Tensor) -> Inputs:
         scale = per_sample(_LOUDEST * p.box.width * strength, noise)

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from assay.core.errors import ModelError, ModelOutputError
 from assay.core.types import Inputs, Logits
 from assay.models.bridges.layout import Layout
+from assay.models.pieces import Inner, pieces
 
 Forward: TypeAlias = Callable[[Tensor], Tensor]
 """From what the network takes (b, *shape) to (b, c), on the CPU; what it returns is nobody else's."""
@@ -149,21 +150,24 @@ def digest(values: Iterable[Any]) -> str:
     sha = hashlib.sha256()
     seen: set[int] = set()
     for v in values:
-        _feed(sha, v, seen)
+        for piece in pieces(v, _parts, _PLAIN, seen):
+            sha.update(piece)
     return sha.hexdigest()
 
 
-def _feed(sha: "hashlib._Hash", value: Any, seen: set[int]) -> None:
-    if isinstance(value, str | int | float | bytes | None):
-        sha.update(repr(value).encode())
-    elif id(value) not in seen:
-        seen.add(id(value))
-        sha.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
-        for part in _parts(value):
-            _feed(sha, part, seen)
+_PLAIN: Final = (str, int, float, bytes, types.NoneType)
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _parts(value: Any) -> Iterator[bytes | Inner]:
+    """Yield the text of a plain value; the type of another one, and what it is made of."""
+    if isinstance(value, _PLAIN):
+        yield repr(value).encode()
+    else:
+        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+        yield from map(Inner, _inside(value))
+
+
+def _inside(value: Any) -> Iterable[Any]:
     """Return what a value is made of."""
     if isinstance(value, Mapping):
         return [part for item in value.items() for part in item]
