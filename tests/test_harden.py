@@ -457,3 +457,17 @@ def test_the_command_trains_judges_and_says_before_and_after(tmp_path: Path) -> 
     assert found["after"]["robust_accuracy"] > found["before"]["robust_accuracy"]
     assert same["training"]["seconds"] == found["training"]["seconds"], "the second time it is only read"
     assert (tmp_path / "net.safetensors").exists()
+
+
+def test_images_are_scaled_wherever_they_come_from(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_harden import small\n"
+        "import numpy as np\nnet = small\n"
+        "data = lambda: (np.random.default_rng(0).integers(0, 256, (48, 8, 8), np.uint8), np.arange(48) % 2)\n"
+    )
+    words = "harden py:mine:net py:mine:data --valid py:mine:data --extra py:mine:data --size 4 --threat linf:0.1"
+    words += " --epochs 1 --set batch_size=16 --method plain --out net.safetensors --effort none --quiet"
+    done = subprocess.run(
+        [sys.executable, "-m", "assay", *words.split()], check=False, cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr

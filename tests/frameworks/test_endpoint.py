@@ -56,6 +56,12 @@ SERVER = textwrap.dedent("""
             if self.path == "/slow":
                 time.sleep(0.002)
             found = {"labels": z.argmax(1).tolist()} if self.path == "/labels" else {"scores": z.tolist()}
+            if self.path == "/below":
+                found = {"labels": [-1] * len(z)}
+            if self.path == "/wider":
+                found = {"scores": [row + [0.0] * (Handler.count % 2) for row in z.tolist()]}
+            if self.path == "/once-nan" and Handler.count <= 1:
+                found = {"scores": (z * float("nan")).tolist()}
             self.answer(200, json.dumps(found | {"token": self.headers.get("Authorization")}).encode())
 
         def answer(self, status, content):
@@ -142,10 +148,25 @@ def test_labels_alone_become_one_hot_scores(server, digits, tmp_path):
 def test_a_busy_server_is_asked_again(digits, tmp_path):
     busy = Served(tmp_path, failing=2)
     try:
+        begun = time.monotonic()
         assert assay.load_model(f"{busy.url}/#cache={tmp_path}/a")(digits.batch([0])).shape == (1, 10)
+        assert time.monotonic() - begun >= 0.5 + 1.0
         assert sum(busy.asked().values()) == 1
+        lines = [json.loads(line) for line in (tmp_path / "a" / "queries.jsonl").read_text().splitlines()]
+        assert [line["status"] for line in lines] == [503, 503, 200]
     finally:
         busy.stop()
+
+
+def test_an_answer_that_is_not_finite_is_not_kept(digits, tmp_path):
+    served = Served(tmp_path)
+    try:
+        model = assay.load_model(f"{served.url}/once-nan#cache={tmp_path}/a")
+        with pytest.raises(assay.NonFiniteError):
+            assay.evaluate(model, digits.head(1), "linf:0.1", effort="quick", progress=False)
+        assert torch.isfinite(model(digits.batch([0]))).all()
+    finally:
+        served.stop()
 
 
 def test_a_server_that_is_gone_is_an_error_that_says_so(digits, tmp_path):
@@ -162,11 +183,15 @@ def test_a_server_that_is_gone_is_an_error_that_says_so(digits, tmp_path):
         ("refuse", ModelError, "who are you"),
         ("nonsense", ModelOutputError, "<html>"),
         ("labels", ModelOutputError, "classes=10"),
+        ("below#classes=10&", ModelOutputError, "numbers"),
+        ("wider", ModelOutputError, "10 and 11"),
     ],
 )
 def test_answers_of_another_kind_are_named(server, digits, tmp_path, path, error, said):
-    with pytest.raises(error, match=said):
-        assay.load_model(f"{server.url}/{path}#cache={tmp_path}")(digits.batch([0]))
+    model = assay.load_model(f"{server.url}/{path}{'' if '#' in path else '#'}cache={tmp_path}&rows=1")
+    with pytest.raises(error, match=said) as e:
+        model(digits.batch([0, 1]))
+    assert error is ModelError or e.value.code == "bad-logits"
 
 
 def test_the_rate_is_kept(server, digits, tmp_path):
@@ -174,6 +199,29 @@ def test_the_rate_is_kept(server, digits, tmp_path):
     begun = time.monotonic()
     model(digits.batch(range(5)) * 0.8)
     assert time.monotonic() - begun >= 4 / 20
+
+
+def test_the_rate_holds_for_processes_together(server, tmp_path):
+    ask = "import sys, torch, assay; assay.load_model(sys.argv[1])(torch.rand(3, 1, 28, 28) * float(sys.argv[2]))"
+    url = f"{server.url}/#cache={tmp_path}&rows=1&rate=5"
+    both = [subprocess.Popen([sys.executable, "-c", ask, url, share]) for share in ("0.5", "0.6")]
+    assert [p.wait() for p in both] == [0, 0]
+    times = sorted(json.loads(line)["time"] for line in (tmp_path / "queries.jsonl").read_text().splitlines())
+    assert len(times) == 6
+    assert times[-1] - times[0] >= 5 / 5 - 0.01
+
+
+def test_what_is_asked_before_an_attack_by_scores_is_little_and_told(server, tmp_path):
+    command = ["attack", f"{server.url}/#cache={tmp_path}/a", "demo:mnist", "--with", "square", "--set", "steps=1"]
+    before = sum(server.asked().values())
+    done = subprocess.run(
+        [sys.executable, "-m", "assay", *command, "--threat", "linf:0.005", "--limit", "8", "--json"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    asked = sum(server.asked().values()) - before
+    assert asked <= told["passes"]["forwards"] + told["checks"]["forwards"]
+    assert asked < 12 * 8
 
 
 def test_a_token_comes_from_the_environment_and_is_not_written_down(server, digits, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from assay.attacks import Runnable
     from assay.data import Data
     from assay.models import Model
+    from assay.models.door import Passes
     from assay.threats import Threat
 
 BLOCK = 256
@@ -68,6 +69,9 @@ def attack(
     workers: w.WorkersOpt = None,
     gpus_per_worker: w.GpusOpt = None,
     address: w.AddressOpt = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Refuse to replace an attack in --out.", rich_help_panel="Run")
+    ] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -78,35 +82,34 @@ def attack(
     """
     import torch
 
-    from assay.attacks import get
+    from assay.attacks import ATTACKS, get
     from assay.evaluation.preflight import check_model
     from assay.evaluation.reading import check_data
+    from assay.models.door import metered
     from assay.threats import Threat
 
     chosen = get(with_, **o.parameters(set_ or []))
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     mark = _mark(net) if out is not None else ""  # before the model is asked anything: it may count its calls
     samples = net.takes(o.data_of(data, size, limit=limit, trust_pickle=trust_pickle))
-    bits = _bits(quantize, samples.shape, save_images)
-    place, parsed = o.device_of(device), replace(Threat.parse(threat), quantize=bits)
+    bits, place = _bits(quantize, samples.shape, save_images), o.device_of(device)
+    parsed = replace(Threat.parse(threat), quantize=bits)
     shared = w.executor_of(executor, workers, gpus_per_worker, address, place)
     findings = check_data(samples, net.domain)
     if start_from is not None:
-        pool = net.takes(o.data_of(start_from, size, limit=None, trust_pickle=trust_pickle))
-        chosen = _started(chosen, with_, pool, samples.shape)
+        pool = o.data_of(start_from, size, limit=None, trust_pickle=trust_pickle)
+        chosen = _started(chosen, with_, net.takes(pool), samples.shape)
     parsed = parsed.within(net.domain, int(torch.Size(samples.shape).numel()))
-    checked = check_model(net, samples, parsed, place)
+    with metered() as before:
+        checked = check_model(net, samples, parsed, place, repair=ATTACKS.traits(with_)["access"] == "gradient")
     wanted = None if target is None else _class(target, samples, checked.classes)
-    for folder in (save_images, out):
-        _make(folder)
-    parsed = replace(parsed, targeted=wanted is not None)
-    asked = replace(checked.model, reference=None)  # it has been compared
+    _make(save_images, out, replace_=not no_resume)
+    parsed, asked = replace(parsed, targeted=wanted is not None), replace(checked.model, reference=None)  # compared
     work = _Work(chosen, asked, samples, parsed, wanted, seed, device_of(shared, place), max_passes)
-    block = len(samples) if getattr(chosen, "shared", False) else BLOCK
     found = _Found(replace(work, device=place), save_images)
-    for part in work.parts(batch_size or block, shared):
+    for part in work.parts(batch_size, shared):
         found.add(part)
-    result = found.summary() | {
+    result = found.summary(before, kept=out is not None) | {
         "attack": with_,
         "threat": threat,
         "quantize": bits,
@@ -120,9 +123,8 @@ def attack(
 
 def _started(chosen: "Runnable", name: str, pool: "Data", shape: tuple[int, ...]) -> "Runnable":
     """Return an attack that sees labels only, with samples of the attacked ones' ``shape`` to start at."""
-    from assay.attacks import Pool, names
+    from assay.attacks import ATTACKS, Pool, names
     from assay.attacks.decision.walk import Walk
-    from assay.attacks.registry import ATTACKS
 
     if not isinstance(chosen, Walk):
         able = [n for n in names(access="decision") if isinstance(k := ATTACKS[n], type) and issubclass(k, Walk)]
@@ -146,12 +148,16 @@ def _bits(quantize: int | None, shape: tuple[int, ...], images: Path | None) -> 
     return 8
 
 
-def _make(folder: Path | None) -> None:
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise RunError(f"a folder to write to at {folder}", str(e), "Choose another folder.") from e
+def _make(images: Path | None, out: Path | None, *, replace_: bool) -> None:
+    """Make the folders that are to be written to, before any long work."""
+    if out is not None and not replace_ and (out / "attack.json").exists():
+        raise RunError(f"no attack in {out}, for --no-resume", "attack.json", "Choose another --out.")
+    for folder in (images, out):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise RunError(f"a folder to write to at {folder}", str(e), "Choose another folder.") from e
 
 
 def _clear(folder: Path | None) -> None:
@@ -243,11 +249,12 @@ class _Work:
     device: str
     max_passes: int | None
 
-    def parts(self, size: int, executor: Executor | None) -> Iterator[dict[str, "Tensor"]]:
+    def parts(self, size: int | None, executor: Executor | None) -> Iterator[dict[str, "Tensor"]]:
         """Yield, block by block and in any order, what came of the samples that were attacked."""
         import torch
 
-        rows = torch.arange(len(self.data)).split(size)  # type: ignore[no-untyped-call]
+        most = len(self.data) if getattr(self.attack, "shared", False) else BLOCK
+        rows = torch.arange(len(self.data)).split(size or most)  # type: ignore[no-untyped-call]
         parts = (executor or serial)(partial(_attacked, self), (r.tolist() for r in rows))
         with contextlib.ExitStack() as stack:
             stack.callback(getattr(parts, "close", lambda: None))
@@ -347,7 +354,9 @@ class _Found:
         columns = zip(*sorted(self.wrong), strict=True) if self.wrong else ((), (), ())
         return {name: [*column] for name, column in zip(("index", "label", "prediction"), columns, strict=True)}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, before: "Passes", *, kept: bool) -> dict[str, Any]:
+        """Return what came of it; ``checks`` are the passes ``before`` the attack, and those for predictions."""
+        asked = len(self.work.data) + self.written + kept * self.attacked
         sizes = sorted(self.sizes)
         images = {"written": self.written, "proved": self.proved, "folder": str(self.folder)}
         return {
@@ -357,6 +366,10 @@ class _Found:
             "success_rate": self.broken / self.attacked if self.attacked else None,
             "median_size": sizes[len(sizes) // 2] if sizes else None,
             "passes": {"forwards": self.forwards, "backwards": self.backwards},
+            "checks": {
+                "forwards": before.forwards + asked * self.work.model.deciding,
+                "backwards": before.backwards,
+            },
             "images": images if self.folder is not None else None,
         }
 
@@ -382,6 +395,7 @@ def _show(result: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     table.add_row(
         "passes a sample", f"{passes['forwards'] / each:.1f} forward, {passes['backwards'] / each:.1f} backward"
     )
+    table.add_row("checks and predictions", "{forwards:,} forward, {backwards:,} backward".format_map(result["checks"]))
     if images := result["images"]:
         table.add_row(
             "images",

@@ -127,17 +127,19 @@ def harden(
     how: dict[str, Any] = dict(kept.settings) if kept and own else {}
     how |= o.parameters(settings or [])
     samples, judged = _data(data, size, valid, test, limit, test_limit, trust_pickle=trust_pickle)
+    more = (None if v is None else o.data_of(v, size, limit=None, trust_pickle=trust_pickle) for v in (valid, extra))
+    valid_data, extra_data = more
     warnings.showwarning = _warn  # type: ignore[assignment]
     result = train(
         loaded,
         samples,
         wanted,
         method or (kept.method if kept else "pgd"),
-        valid,
+        valid_data,
         epochs or (kept.epochs if kept else 10),
         out,
         not no_resume,
-        extra=extra,
+        extra=extra_data,
         seed=seed,
         device=place,
         devices=devices,

@@ -19,7 +19,7 @@ from assay.evaluation.preflight import check_model
 from assay.evaluation.proving import COMPLETE, STEPS
 from assay.evaluation.reading import check_data
 from assay.models import Door, Live, Model
-from assay.models.door import default_batch
+from assay.models.door import default_batch, metered
 from assay.threats import Problem, Threat
 
 _SECONDS: Final = 0.4
@@ -186,12 +186,9 @@ class _Questions:
 
     def passes(self, question: Callable[[], None]) -> int:
         """Return the passes that a question costs, of all samples together."""
-        before = self._spent()
-        question()
-        return self._spent() - before
-
-    def _spent(self) -> int:
-        return int(self.door.forwards.sum() + self.door.backwards.sum())
+        with metered() as spent:
+            question()
+        return spent.forwards + spent.backwards
 
 
 def _median_time(live: Live, question: Callable[[], None]) -> float:

@@ -92,11 +92,9 @@ class Counts:
 @final
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Findings of the active checks, the passes they took, summed over samples, and the counts behind them."""
+    """Findings of the active checks, and the counts behind them."""
 
     findings: tuple[Finding, ...] = ()
-    forwards: int = 0
-    backwards: int = 0
     counts: Counts = Counts(0)
 
 
@@ -121,7 +119,7 @@ def probe(model: Model, data: Data, threat: Threat, seed: int = 0, device: torch
         p = Problem.pose(x, y, replace(threat, targeted=False), Draws.of(seed, rows.to(live.device)))
         right = (~p.goal.reached(door.logits(x, p.rows))).nonzero()[:PROBED, 0]
         counts = _compare(door, p.take(right)) if len(right) else Counts(0)
-        return Probe(tuple(_findings(counts)), int(door.forwards.sum()), int(door.backwards.sum()), counts)
+        return Probe(tuple(_findings(counts)), counts)
 
 
 def _compare(door: Door, p: Problem) -> Counts:

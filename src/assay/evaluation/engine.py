@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -32,7 +32,7 @@ from assay.evaluation.preflight import check_model
 from assay.evaluation.reading import check_data
 from assay.evaluation.result import Evaluation
 from assay.models import Model, as_model
-from assay.models.door import default_batch
+from assay.models.door import default_batch, metered
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
@@ -124,10 +124,11 @@ def evaluate(
         check_data(data, model.domain, executor),
         threat.within(model.domain, int(np.prod(data.shape))),
     )
-    checked = check_model(model, data, threat, device)
+    with metered() as before:
+        checked = check_model(model, data, threat, device)
+        probed = () if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device).findings
+    findings += (*checked.findings, *probed)
     prover = proof.prover(checked.model, data.shape, device) if proof else None
-    probed = None if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device)
-    findings += (*checked.findings, *(probed.findings if probed else ()))
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
     place = device_of(executor, device)
     limits = batch_size or default_batch(data.shape, place), max_passes, levels
@@ -135,7 +136,7 @@ def evaluate(
     asked = replace(checked.model, reference=None) if executor else checked.model
     job = Job(asked, data, threat, plan, seed, place, *limits, proof)
     manifest = new_manifest(job, course, mark, effort, checked.classes, findings, command)
-    manifest["probe"] = {"forwards": probed.forwards, "backwards": probed.backwards} if probed else None
+    manifest["probe"] = asdict(before)
     work = partial(run_block, job) if executor else partial(run_block, job, prover=prover)
     first = partial(look, job=replace(job, device=device), names=harms) if harms else None
     return carry_out(job, course, manifest, work, out, resume=resume, progress=progress, executor=executor, first=first)

@@ -14,7 +14,7 @@ from assay.core.errors import DataError, ModelError
 from assay.data import Data
 from assay.evaluation.finding import Finding, Severity
 from assay.evaluation.health import LINEAR, Bench, Health, averaged, gradient_spread
-from assay.evaluation.ladder import mend
+from assay.evaluation.ladder import State, mend
 from assay.evaluation.wrapping import check_wrapping
 from assay.models import Door, Live, Model
 from assay.threats import Threat
@@ -84,8 +84,13 @@ def check_modes(model: Model) -> Iterator[Finding]:
         )
 
 
-def check_model(model: Model, data: Data, threat: Threat, device: torch.device | str | None) -> Preflight:
+def check_model(
+    model: Model, data: Data, threat: Threat, device: torch.device | str | None, *, repair: bool = True
+) -> Preflight:
     """Ask the model about the first samples, ten passes each; where its gradients are unsound, repair them.
+
+    What repairs would be worth takes hundreds of passes: none is tried without ``repair``, for attacks that see no
+    gradient, nor on a model of which every question has its price.
 
     Raises:
         ModelOutputError: what it returns are not logits (``bad-logits``).
@@ -115,7 +120,8 @@ def check_model(model: Model, data: Data, threat: Threat, device: torch.device |
         model, finding = _steadied(model, bench, z, again)
         bench, findings = bench.head(RANDOM_PROBE), [*findings, finding]
     before = bench.health(model)
-    after, repairs = mend(model, before, bench)
+    dear = getattr(model.module, "dear", False)
+    after, repairs = mend(model, before, bench) if repair and not dear else (State(model, before, 0.0), ())
     findings += [*check_gradients(before, after.health, threat, random=random), *repairs]
     if repairs and not random and _differ(*(looks := _two_looks(after.model, bench))):  # the mask hid that too
         model, finding = _steadied(after.model, bench, *looks)

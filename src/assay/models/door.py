@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, final
@@ -42,6 +43,29 @@ def default_batch(shape: Sequence[int], device: torch.device | str | None) -> in
     kind = torch.device(device or "cpu").type
     fits = _VALUES.get(kind, _VALUES["cpu"]) // math.prod(shape)
     return max(PAD, min(fits, 128 if kind == "cpu" else 1024) // PAD * PAD)
+
+
+@final
+@dataclass(slots=True)
+class Passes:
+    """How many passes there were, all samples together."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+
+_METERS: ContextVar[tuple[Passes, ...]] = ContextVar("meters", default=())
+
+
+@contextmanager
+def metered() -> Iterator[Passes]:
+    """Count what goes through all doors meanwhile, whoever opens them."""
+    passes = Passes()
+    token = _METERS.set((*_METERS.get(), passes))
+    try:
+        yield passes
+    finally:
+        _METERS.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +382,9 @@ class Door:
         self.forwards.index_add_(0, rows, torch.full_like(rows, forwards))
         if backwards:
             self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
+        for passes in _METERS.get():
+            passes.forwards += len(rows) * forwards
+            passes.backwards += len(rows) * backwards
         if self._listen:
             self._listen(len(rows) * (forwards + backwards))
 

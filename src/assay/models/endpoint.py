@@ -9,7 +9,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -30,6 +30,9 @@ Answer = NDArray[np.float64]
 FORMS: Final = ("json", "png")
 _WAIT: Final = 0.5
 """Seconds before the first repetition of a request that failed; the time doubles with each further one."""
+
+_LATEST: Final = 600.0
+"""Seconds that a turn, or what ``Retry-After`` says, is waited for at most."""
 
 _TRY_AGAIN: Final = (429, 500, 502, 503, 504)
 _LONGEST: Final = 64 * 2**20
@@ -54,7 +57,7 @@ class Endpoint:
         timeout: seconds to wait for an answer.
         retries: how often a request is repeated that was not answered, or with 429, 500, 502, 503 or 504; the wait
             doubles each time, unless the answer says how long to wait.
-        rate: requests a second at most; 0 for no limit.
+        rate: requests a second at most, of all processes that share the cache, repetitions too; 0 for no limit.
         token: the environment variable that holds a bearer token.
         cache: the folder for answers and the log; empty for the user's cache folder.
 
@@ -107,6 +110,7 @@ class Answers:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(folder / "answers.sqlite", timeout=60, check_same_thread=False)
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, scores BLOB)")
+            self._file.execute("CREATE TABLE IF NOT EXISTS turns (only INTEGER PRIMARY KEY, next REAL)")
         except (OSError, sqlite3.Error) as e:
             raise ModelError("a folder that answers can be kept in", f"{folder}: {e}", "Choose another cache.") from e
 
@@ -123,6 +127,16 @@ class Answers:
             rows = [(k, v.tobytes()) for k, v in answers.items()]
             self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
+    def turn(self, apart: float) -> float:
+        """Return the time of the next turn, ``apart`` seconds after the one before, and take it."""
+        with self._file:
+            self._file.execute("INSERT OR IGNORE INTO turns VALUES (0, 0)")  # from here on no other process may write
+            after = self._file.execute("SELECT next FROM turns").fetchone()[0]
+            # A clock that was set back must not stop everything.
+            turn = max(time.time(), min(after, time.time() + _LATEST))
+            self._file.execute("UPDATE turns SET next = ?", (turn + apart,))
+        return float(turn)
+
     def close(self) -> None:
         self._file.close()
 
@@ -133,62 +147,72 @@ class Line:
     """The line to an endpoint: pooled connections, repetitions, the rate, and the log."""
 
     endpoint: Endpoint
+    answers: Answers
     log: Path
     pool: Any = None
-    last: float = field(default=-math.inf)
 
     def post(self, body: bytes, kind: str, keys: Sequence[bytes]) -> Any:
-        """Send a request; return the JSON of the answer.
+        """Send a request, again and again if need be; return the JSON of the answer.
 
         Raises:
             ModelError: no answer after all repetitions, or another status than 200.
             ModelOutputError: the answer is no JSON, or too long.
         """
         e = self.endpoint
-        self._pace()
-        begun, status, found = time.time(), 0, ""
-        try:
-            answer = self._pool().request("POST", e.url, body=body, headers=self._headers(kind), preload_content=False)
-            status, content = answer.status, answer.read(_LONGEST + 1, decode_content=True)
-            answer.release_conn()
-        except need("urllib3", "http").exceptions.HTTPError as error:
-            found = f"{type(error).__name__}: {error}"
-        self._write(begun, status, keys)
+        status, content, wait = self._once(body, kind, keys)
+        for k in range(e.retries):
+            if status and status not in _TRY_AGAIN:
+                break
+            time.sleep(_WAIT * 2**k if wait is None else wait)
+            status, content, wait = self._once(body, kind, keys)
+        shown = content[:200].decode(errors="replace")
         if status != 200:
-            said = found or f"status {status}: {content[:200].decode(errors='replace')!r}"
+            said = f"status {status}: {shown!r}" if status else shown
             remedy = "All answers so far are kept: the same command goes on where it was."
             raise ModelError(f"an answer from {e.url}", said, remedy, code="endpoint-failed")
         if len(content) > _LONGEST:
             raise ModelOutputError(f"an answer below {_LONGEST} bytes", "more", "Send scores only.", code="bad-logits")
         with contextlib.suppress(ValueError):
             return json.loads(content)
-        shown = content[:80].decode(errors="replace")
-        raise ModelOutputError(f"JSON from {e.url}", repr(shown), "Answer with JSON.", code="bad-logits")
+        raise ModelOutputError(f"JSON from {e.url}", repr(shown[:80]), "Answer with JSON.", code="bad-logits")
 
-    def _pool(self) -> Any:
+    def _once(self, body: bytes, kind: str, keys: Sequence[bytes]) -> tuple[int, bytes, float | None]:
+        """Send a request once; return its status, 0 for none, the answer, and how long to wait before another."""
+        urllib3, e = need("urllib3", "http"), self.endpoint
         if self.pool is None:
-            urllib3, e = need("urllib3", "http"), self.endpoint
-            often = urllib3.Retry(
-                e.retries, redirect=0, backoff_factor=_WAIT, status_forcelist=_TRY_AGAIN, allowed_methods=None,
-                raise_on_status=False, raise_on_redirect=False,
-            )  # fmt: skip
-            self.pool = urllib3.PoolManager(retries=often, timeout=e.timeout)
-        return self.pool
+            self.pool = urllib3.PoolManager(retries=False, timeout=e.timeout)
+        if e.rate:
+            time.sleep(max(0.0, self.answers.turn(1 / e.rate) - time.time()))
+        begun, status, wait = time.time(), 0, None
+        try:
+            answer = self.pool.request("POST", e.url, body=body, headers=self._headers(kind), preload_content=False)
+            content = answer.read(_LONGEST + 1, decode_content=True)
+            answer.release_conn()
+            status, wait = answer.status, _told_to_wait(answer)
+        except urllib3.exceptions.HTTPError as error:
+            content = f"{type(error).__name__}: {error}".encode()
+        self._write(begun, status, keys)
+        return status, content, wait
 
     def _headers(self, kind: str) -> dict[str, str]:
         token = os.environ.get(self.endpoint.token) if self.endpoint.token else None
         return {"Content-Type": kind} | ({"Authorization": f"Bearer {token}"} if token else {})
-
-    def _pace(self) -> None:
-        if self.endpoint.rate:
-            time.sleep(max(0.0, self.last + 1 / self.endpoint.rate - time.monotonic()))
-            self.last = time.monotonic()
 
     def _write(self, begun: float, status: int, keys: Sequence[bytes]) -> None:
         shown = [base64.b16encode(k[:8]).decode().lower() for k in keys]
         row = {"time": round(begun, 3), "seconds": round(time.time() - begun, 3), "status": status, "inputs": shown}
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _told_to_wait(answer: Any) -> float | None:
+    """Return the seconds that an answer's ``Retry-After`` says; None where it says nothing that can be read."""
+    urllib3 = need("urllib3", "http")
+    try:
+        wait = urllib3.Retry().get_retry_after(answer)
+    except urllib3.exceptions.HTTPError:
+        return None
+    return None if wait is None else min(wait, _LATEST)
 
 
 @final
@@ -198,6 +222,9 @@ class Remote(nn.Module):
     The same input is sent once: within a batch, in later batches, and, since answers are kept on disk, in later runs.
     So a random model behind the endpoint looks like one that is not.
     """
+
+    dear = True
+    """Every question has its price: what a few samples can tell must be enough (``evaluation.preflight``)."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__()
@@ -218,16 +245,24 @@ class Remote(nn.Module):
         keys = [hashlib.sha256(body).digest() for body in sent]
         if self._answers is None:
             self._answers = Answers(self.endpoint.folder)
-            self._line = Line(self.endpoint, self.endpoint.folder / "queries.jsonl")
+            self._line = Line(self.endpoint, self._answers, self.endpoint.folder / "queries.jsonl")
         known = self._answers.known(dict.fromkeys(keys))
         new = {k: i for i, k in enumerate(keys) if k not in known}
         each = 1 if self.endpoint.send == "png" else self.endpoint.rows
         order = [*new]
         for group in (order[i : i + each] for i in range(0, len(order), each)):
             answers = self._ask(group, [new[k] for k in group], samples, sent)
-            self._answers.keep(answers)
+            self._check_width([*known.values(), *answers.values()])
+            # What is not finite is an error of the moment: the next run asks again.
+            self._answers.keep({k: z for k, z in answers.items() if np.isfinite(z).all()})
             known |= answers
         return torch.from_numpy(np.stack([known[k] for k in keys])).to(x.device)
+
+    def _check_width(self, answers: Sequence[Answer]) -> None:
+        if len(widths := {len(z) for z in answers}) > 1:
+            found = " and ".join(map(str, sorted(widths)))
+            remedy = f"If the model was replaced, remove {self.endpoint.folder}."
+            raise ModelOutputError("as many scores for every sample", found, remedy, code="bad-logits")
 
     def _encoded(self, row: Tensor) -> bytes:
         """Return what stands for a sample in the cache: exactly what the endpoint sees of it."""
@@ -254,6 +289,8 @@ class Remote(nn.Module):
                 scores = np.asarray(found[e.outputs], dtype=np.float64).reshape(count, -1)
             else:
                 labels = np.asarray(found["labels"]).reshape(count)
+                if (labels < 0).any():
+                    raise IndexError("a label below 0")
                 scores = np.eye(e.classes)[labels]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ModelOutputError(
