@@ -1,6 +1,6 @@
 """Attacks made of attacks: what they run, on what, under whose number, and that they keep the contract too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pytest
@@ -178,8 +178,6 @@ def test_targets_are_the_nearest_classes_by_clean_logit_never_the_label(count: i
 
 
 def test_targets_use_the_clean_logits_where_they_are_known() -> None:
-    from dataclasses import replace
-
     notes, x = Notes([]), torch.full((1, 4), 0.5)
     threat = Threat("linf", 0.1).within(Model(Line()).domain, 4)
     p = Problem.pose(x, torch.tensor([0]), threat, Draws.of(0, torch.arange(1)))
@@ -188,6 +186,22 @@ def test_targets_use_the_clean_logits_where_they_are_known() -> None:
         Targets(notes, 2).run(door, replace(p, clean_logits=torch.tensor([[0.0, 1.0, 2.0]])))
     assert notes.targets == [[2], [1]]
     assert door.forwards.tolist() == [0]
+
+
+def test_nothing_is_spent_on_classes_that_are_out_of_reach() -> None:
+    """The second sample has one class left, and the third none; only of the first are there more than are tried."""
+    order = torch.tensor([[1, 2, 3, -1], [3, -1, -1, -1], [-1, -1, -1, -1]])
+    first, second = breaks(), breaks()
+    x, rows = torch.full((3, 8), 0.6), torch.arange(3)
+    with Model(Fixed(4.0, 1.0, 2.0, 3.0)).frozen() as live:
+        door = Door(live, 3)
+        threat = Threat("linf", 0.3).within(live.model.domain, 8)
+        p = replace(Problem.pose(x, torch.zeros_like(rows), threat, Draws.of(0, rows)), order=order)
+        Targets(first, 3).run(door, p)
+        Targets(second, 2, among=3).run(door, p)
+    assert first.seen == [[0, 1], [0], [0]]
+    assert second.seen == [[0, 1], [0]]
+    assert door.backwards.tolist() == [3, 0, 0]  # to compare classes by their distance
 
 
 def test_under_a_targeted_threat_the_target_is_given() -> None:

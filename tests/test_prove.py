@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from typing import final
 from unittest import mock
 
 import numpy as np
@@ -15,11 +17,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import assay
+from assay.attacks import PGD, Runnable, Targets
 from assay.certification import Smoothed
 from assay.certification.prover import Prover
 from assay.cli.app import app
 from assay.core.errors import AssayError, ContradictionError, ModelError, ThreatError
-from assay.evaluation import journal, proving
+from assay.evaluation import Plan, Round, engine, journal, proving
 from assay.evaluation.block import run_block
 from assay.evaluation.smoothed import certify_smoothed
 from assay.reports import verdict, write_report
@@ -88,6 +91,64 @@ def test_what_is_proven_is_not_fooled_by_a_strong_attack(proven, digits):
     rows = [r["index"] for r in proven.samples.to_pylist() if r["certified"]]
     r = assay.attacks.APGD(steps=60)(model, data.batch(rows), data.labels[rows], "linf:0.2")
     assert not r.success.any()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Noted(Runnable):
+    """Notes which sample is attacked toward which class."""
+
+    attack: Runnable
+    seen: list[tuple[int, int]]
+
+    def run(self, door, p, *, full=False):
+        self.seen.extend(zip(p.rows.tolist(), p.goal.target.tolist(), strict=True))
+        return self.attack.run(door, p, full=full)
+
+
+@pytest.fixture
+def toward_all(monkeypatch):
+    """Evaluations of one round, toward every class, of three steps that break nothing; and what they attacked."""
+    seen = []
+    attack = Targets(Noted(PGD(steps=3, rel_step=0.01), seen), 9)
+    plan = Plan((Round("targets", "targets", attack),))
+    monkeypatch.setattr(engine, "plan_for", lambda *_, **__: plan)
+    return seen
+
+
+def test_no_attack_is_spent_on_a_class_that_is_proven_out_of_reach(digits, toward_all):
+    model, data = digits[0], digits[1].head(6)
+    open_ = assay.certify(model, data.batch(range(6)), data.labels, "linf:0.2").margins <= 0
+    assert 0 < open_.any(1).sum() < 6  # some samples are proven,
+    assert (open_.sum(1)[open_.any(1)] < 9).any()  # and of others some classes
+    attack = prove((model, data), method=None)
+    assert len(toward_all) == 9 * 6
+    toward_all.clear()
+    both = prove((model, data))
+    assert sorted(map(list, toward_all)) == open_.nonzero().tolist()
+    spent = [r["forwards"] + r["backwards"] for r in both.samples.to_pylist()]
+    classes = open_.sum(1).tolist()
+    assert all(s == 2 + 7 * k for s, k in zip(spent, classes, strict=True) if k)  # before and after, a look at it
+    assert both.robust_accuracy == attack.robust_accuracy == 1
+    assert prove((model, data), batch_size=1).samples.equals(both.samples)
+
+
+def test_a_point_in_a_class_that_is_proven_out_of_reach_stops_the_run(digits, tmp_path, monkeypatch):
+    """The proof says that one class is possible, and is right about no sample that is broken in another one."""
+    model, data = assay.load_model("demo:mnist-plain"), digits[1]
+
+    def all_but_one(self, x, y, radius, norm, tell=None):
+        wanted = (y + 1) % 10
+        return everything(self, x, y, radius, norm).scatter(1, wanted[:, None], -1.0)
+
+    monkeypatch.setattr(Prover, "margins", all_but_one)
+    with pytest.raises(ContradictionError, match=r"contradiction-0000\d+\.npz"):
+        prove((model, data.head(4)), tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("contradiction-*.npz")
+    with np.load(file) as kept:
+        reached = int(model(torch.from_numpy(kept["adversarial"])[None]).argmax(1))
+        assert kept["margins"][reached] > 0
+        assert (kept["margins"] > 0).sum() == 9
 
 
 def test_proofs_cost_time_and_no_passes(proven):

@@ -23,9 +23,13 @@ from assay.runs.statistics import sequential_interval
 def lined_up(rounds, n=40):
     """A race of n samples of two classes; sample i is the (i + 1)-th nearest to falling."""
     logits = torch.stack([1 + torch.arange(n) / n, torch.zeros(n)], 1)
-    labels = torch.zeros(n, dtype=torch.long)
     draws = Draws.of(0, torch.arange(n))
-    return Race.start(rounds, torch.rand(n, 3), logits, labels, torch.ones(n, dtype=torch.bool), draws)
+    return Race.start(rounds, torch.rand(n, 3), behind(logits), torch.ones(n, dtype=torch.bool), draws)
+
+
+def behind(logits):
+    """How far each class is behind class 0, the label."""
+    return margins(logits, torch.zeros(len(logits), dtype=torch.long), torch.tensor(False))
 
 
 def play(race, rounds, falls, most=1000):
@@ -36,7 +40,7 @@ def play(race, rounds, falls, most=1000):
         heard.append((part.name, ids.tolist()))
         fell = torch.tensor([bool(falls(part.name, i)) for i in ids.tolist()])
         logits = torch.stack([1 + ids / len(race.by), torch.zeros(len(ids))], 1)
-        race.settle(ids, fell, logits, torch.zeros_like(ids), torch.zeros(len(ids), 3))
+        race.settle(ids, fell, behind(logits), torch.zeros(len(ids), 3))
     return heard
 
 
@@ -56,6 +60,13 @@ def test_a_round_that_breaks_many_goes_on_to_the_next():
     assert heard == [("some", [*range(10)])]
     heard = play(lined_up(rounds), rounds, lambda _, i: i in {3, 12})
     assert heard == [("some", [*range(10)]), ("some", [*range(10, 20)]), ("some", [*range(20, 30)])]
+
+
+def test_a_dear_round_is_given_few_at_a_time():
+    rounds = (named("dear", 0.5, block=5),)
+    assert play(lined_up(rounds), rounds, lambda *_: False) == [("dear", [*range(5)])]
+    heard = play(lined_up(rounds), rounds, lambda _, i: i in {2, 9})
+    assert heard == [("dear", [*range(5)]), ("dear", [*range(5, 10)]), ("dear", [*range(10, 15)])]
 
 
 def test_a_round_is_repeated_as_long_as_it_breaks_something():
@@ -87,6 +98,8 @@ def test_openers_that_are_far_behind_are_left_out_where_the_best_breaks_most():
     assert [name for name, _ in clear] == ["a", "b", "c", "b"]
     close = play(lined_up(rounds, 400), rounds, lambda name, i: name == "b" and i % 4 == 0)
     assert [name for name, _ in close] == ["a", "b", "c", "b", "a", "c"]
+    half = play(lined_up(rounds, 400), rounds, lambda name, i: (name == "b" and i % 4) or (name == "a" and i % 2))
+    assert [name for name, _ in half] == ["a", "b", "c", "b", "a"]
 
 
 def test_few_samples_are_not_split_for_a_trial():
@@ -122,26 +135,26 @@ def test_a_race_can_be_written_down_between_any_two_batches():
         part, ids = now
         fell = torch.tensor([falls(part.name, i) for i in ids.tolist()])
         logits = torch.stack([1 + ids / 200, torch.zeros(len(ids))], 1)
-        race.settle(ids, fell, logits, torch.zeros_like(ids), torch.zeros(len(ids), 3))
+        race.settle(ids, fell, behind(logits), torch.zeros(len(ids), 3))
     assert torch.equal(race.by, whole.by)
     assert torch.equal(race.standing, whole.standing)
 
 
 def test_what_came_near_is_remembered():
     race = lined_up((named("a"),), 4)
-    ids, labels = torch.tensor([2]), torch.zeros(1, dtype=torch.long)
-    point = torch.ones(1, 3)
+    ids, point = torch.tensor([2]), torch.ones(1, 3)
     race.next((named("a"),), 4)
-    race.settle(ids, torch.tensor([False]), torch.tensor([[1.0, 0.9]]), labels, point)
+    race.settle(ids, torch.tensor([False]), behind(torch.tensor([[1.0, 0.9]])), point)
     assert race.near[2].tolist() == [-torch.inf, pytest.approx(-0.1)]
-    race.settle(ids, torch.tensor([False]), torch.tensor([[1.0, 0.5]]), labels, 2 * point)
+    race.settle(ids, torch.tensor([False]), behind(torch.tensor([[1.0, 0.5]])), 2 * point)
     assert race.near[2].tolist() == [-torch.inf, pytest.approx(-0.1)]
     assert torch.equal(race.best[2], point[0])
 
 
-def test_margins_leave_the_label_out():
-    z = torch.tensor([[3.0, 1.0, 2.5]])
-    assert margins(z, torch.tensor([0])).tolist() == [[-torch.inf, -2.0, -0.5]]
+def test_margins_leave_out_the_label_and_what_is_excluded():
+    z, excluded = torch.tensor([[3.0, 1.0, 2.5]]), torch.tensor([[False, False, True]])
+    assert margins(z, torch.tensor([0]), ~excluded & excluded).tolist() == [[-torch.inf, -2.0, -0.5]]
+    assert margins(z, torch.tensor([0]), excluded).tolist() == [[-torch.inf, -2.0, -torch.inf]]
 
 
 # Whole evaluations.

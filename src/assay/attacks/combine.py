@@ -11,7 +11,7 @@ from assay.attacks.attack import Outcome, Runnable
 from assay.attacks.gradient.pgd import PGD
 from assay.attacks.losses import along
 from assay.core.registry import UsageError
-from assay.core.types import Labels, Logits, choose
+from assay.core.types import Labels, Logits, Mask, choose
 from assay.models.door import Door
 from assay.threats.norms import TINY
 from assay.threats.problem import Goal, Problem
@@ -67,7 +67,7 @@ class Targets(Runnable):
     (Melamed et al. 2024, arXiv:2407.02240, sec. 3). That costs one forward and ``among`` backward passes.
 
     Success is to leave the label, by way of whichever class. Under a targeted threat the target is given, and the
-    attack runs once.
+    attack runs once. Nothing is spent on a -1 in ``Problem.order``: it stands for a class that is proven out of reach.
     """
 
     attack: Runnable
@@ -82,7 +82,7 @@ class Targets(Runnable):
             return self.attack.run(door, p, full=full)
         out = Outcome.nothing(p)
         for i, target in enumerate(self._ranked(door, p, p.goal.label)):
-            out = attack_rest(self.attack, door, p.toward(target), out, i, full=full)
+            out = attack_rest(self.attack, door, p.toward(target), out, i, full=full, entered=target >= 0)
         return out
 
     def _ranked(self, door: Door, p: Problem, label: Labels) -> Iterator[Labels]:
@@ -90,24 +90,31 @@ class Targets(Runnable):
         if order is None:
             z = _clean_logits(door, p)
             order = z.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-        if min(self.among, order.shape[1] - 1) > self.count:
-            order = _by_distance(door, p, order[:, : min(self.among, order.shape[1] - 1)])
-        return iter(order[:, : min(self.count, order.shape[1] - 1)].T)
+        others = order.shape[1] - 1
+        if min(self.among, others) > self.count:
+            order = order[:, : min(self.among, others)]
+            many = ((order >= 0).sum(1) > self.count).nonzero()[:, 0]  # of few, all are tried
+            if len(many):
+                order = order.index_copy(0, many, _by_distance(door, p.take(many), order[many]))
+        return iter(order[:, : min(self.count, others)].T)
 
 
 def _by_distance(door: Door, p: Problem, candidates: Labels) -> Labels:
-    """Sort candidate classes (b, m) by the distance to their boundaries with the label, as the gradient tells it."""
+    """Sort candidate classes (b, m) by the distance to their boundaries with the label, as the gradient tells it.
+
+    What is no class, -1, comes last.
+    """
 
     def gaps(z: Logits, goal: Goal) -> Tensor:
         assert goal.label is not None
         assert goal.weights is not None
         return z.gather(1, goal.weights) - z.gather(1, goal.label[:, None])
 
-    q = p.along(candidates)  # the goal carries them, so that they are cut with it
+    q = p.along(candidates.clamp_min(0))  # the goal carries them, so that they are cut with it
     e = door.slopes(p.x0, q, gaps, candidates.shape[1])
     steep = torch.stack([p.norm.dual(e.slopes[:, i]) for i in range(candidates.shape[1])], 1)
-    nearest = (-e.values / steep.clamp_min(TINY)).argsort(dim=1, stable=True)
-    return candidates.gather(1, nearest)
+    away = (-e.values / steep.clamp_min(TINY)).masked_fill(candidates < 0, torch.inf)
+    return candidates.gather(1, away.argsort(dim=1, stable=True))
 
 
 def _at_least_one(count: int, what: str) -> None:
@@ -171,12 +178,23 @@ def _clean_logits(door: Door, p: Problem) -> Logits:
     return p.clean_logits if p.clean_logits is not None else door.logits(p.x0, p.rows)
 
 
-def attack_rest(attack: Runnable, door: Door, p: Problem, out: Outcome, number: int, *, full: bool = False) -> Outcome:
+def attack_rest(
+    attack: Runnable,
+    door: Door,
+    p: Problem,
+    out: Outcome,
+    number: int,
+    *,
+    full: bool = False,
+    entered: Mask | None = None,
+) -> Outcome:
     """Run part ``number`` of a combination on the samples that have not fallen yet; return the joint outcome.
 
-    Where the smallest perturbation is wanted, on all samples; the smallest success so far is kept.
+    Where the smallest perturbation is wanted, on all samples; the smallest success so far is kept. Only samples that
+    ``entered`` (b,) are attacked; None stands for all.
     """
-    rows = (~out.success | p.minimal).nonzero()[:, 0]
+    wanted = ~out.success | p.minimal
+    rows = (wanted if entered is None else wanted & entered).nonzero()[:, 0]
     if not len(rows):
         return out
     new, old = attack.run(door, p.take(rows).stage(number), full=full), out.success[rows]

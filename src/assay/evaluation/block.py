@@ -23,7 +23,7 @@ from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, choose, pe
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
 from assay.evaluation.proving import CHALLENGE, COMPLETE, Proven, Proving
-from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, passes_of
+from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, margins, passes_of
 from assay.models import Door, Live, Model
 from assay.runs.store import packed_arrays
 from assay.threats import Goal, Problem, Threat
@@ -142,7 +142,8 @@ class _Block:
         self._conclude(self.race)
         for eps in sorted(self.job.levels, reverse=True):
             self._tighten(eps)
-        self._refuse(self.sizes, self.found)
+        excluded = self.proven.excluded.gather(1, self.after.argmax(1, keepdim=True))[:, 0] & (self.by >= 0)
+        self._refuse(self.sizes, self.found, torch.where(excluded, self.sizes, self.proven.lower))
         return self._write_down()
 
     @property
@@ -184,17 +185,16 @@ class _Block:
         race = self._line_up(CHALLENGE, entered & (self.proven.lower > 0))
         self._compete(race, CHALLENGE, _CHALLENGE)
         sizes = exact_size(self.threat.norm, race.best, self.x)
-        self._refuse(torch.where(race.by >= 0, sizes, torch.inf), race.best)
+        self._refuse(torch.where(race.by >= 0, sizes, torch.inf), race.best, self.proven.lower)
 
-    def _refuse(self, sizes: PerSample, found: Inputs) -> None:
-        """Stop where a sample is fooled at ``found`` (n, *f), within what is proven of it; ``sizes`` (n,) where not."""
-        within = self.right & (sizes <= self.proven.lower)
+    def _refuse(self, sizes: PerSample, found: Inputs, proven: PerSample) -> None:
+        """Stop where a sample is fooled at ``found`` (n, *f), of ``sizes`` (n,), within what is ``proven`` (n,)."""
+        within = self.right & (sizes <= proven)
         for i in within.nonzero()[:1, 0].tolist():
             kept = {"x": self.x[i], "adversarial": found[i], "label": self.y[i], "clean_logits": self.clean[i]}
             kept["margins"] = self.proven.margins[i]
             arrays = {k: v.numpy() for k, v in kept.items()}
-            lower = float(self.proven.lower[i])
-            raise contradiction(int(self.index[i]), lower, float(sizes[i]), self.threat.norm.name, arrays)
+            raise contradiction(int(self.index[i]), float(proven[i]), float(sizes[i]), self.threat.norm.name, arrays)
 
     def _choose(self, race: Race) -> None:
         """Choose the survivors that are audited: those with the lowest lots."""
@@ -206,8 +206,8 @@ class _Block:
         self.audit = self._line_up(self.job.plan.ladder, chosen)
 
     def _line_up(self, rounds: tuple[Round, ...], entered: Mask) -> Race:
-        clean = self.job.model.joint(self.clean, Goal(self.y))
-        return Race.start(rounds, self.x, clean, self.y, entered, Draws.of(self.job.seed, self.index))
+        near = margins(self.job.model.joint(self.clean, Goal(self.y)), self.y, self.proven.excluded)
+        return Race.start(rounds, self.x, near, entered, Draws.of(self.job.seed, self.index))
 
     def _compete(self, race: Race, rounds: tuple[Round, ...], first: int, most: int | None = None) -> None:
         """Run the rounds of a race; the numbers under which they are known begin with ``first``."""
@@ -246,7 +246,8 @@ class _Block:
         with self.clock.stage(part.name, part.kind, len(ids)) as stage:
             # Attacks get a copy of their own: what they do to it must not decide whether they succeeded.
             p = self._pose(ids).stage(first + 64 * race.turns + race.order[race.leg])
-            p = replace(p, order=race.near[ids].argsort(dim=1, descending=True, stable=True).to(p.x0.device))
+            nearest = race.near[ids].sort(dim=1, descending=True, stable=True)
+            p = replace(p, order=nearest.indices.masked_fill(nearest.values.isneginf(), -1).to(p.x0.device))
             if part.warm:
                 p = p.starting(race.best[ids].to(p.x0.device))
             with door.limited(most):
@@ -256,7 +257,8 @@ class _Block:
             self._count(stage, race, len(ids), int(holds.sum()))
         self.clock.claimed += int(out.success.sum())
         self.clock.rejected += int((out.success & ~holds).sum())
-        race.settle(ids, holds.cpu(), logits.cpu(), self.y[ids], x.cpu())
+        near = margins(logits.cpu(), self.y[ids], self.proven.excluded[ids])
+        race.settle(ids, holds.cpu(), near, x.cpu())
 
     @staticmethod
     def _count(stage: dict[str, Any], race: Race, entered: int, broken: int) -> None:

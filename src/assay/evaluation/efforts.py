@@ -71,6 +71,15 @@ def _climb(steps: int, loss: Loss = _MARGIN, rel_step: float = 2.0) -> Runnable:
     return PGD(steps=steps, rel_step=rel_step, decay="cosine", momentum=0.75, loss=loss)
 
 
+_PRICE: Final = 10_000
+"""Passes that a block of a dear round may cost, and so, about, the last samples that it breaks."""
+
+
+def _dear(name: str, kind: str, attack: Runnable, share: float, price: int = _PRICE, repeat: int = 2) -> Round:
+    """Return a round that costs much a sample: it is given few at a time, and goes on as long as that pays."""
+    return Round(name, kind, attack, share, repeat, block=price // passes_of(attack))
+
+
 def _funnel(norm: str, steps: int) -> Runnable:
     return Funnel(steps=steps, rel_step=2.0 if norm == "linf" else 1.0)
 
@@ -102,15 +111,15 @@ def _quick(norm: str) -> Iterator[Round]:
 
 def _standard(norm: str) -> Iterator[Round]:
     yield from _openers(norm, 20)
-    yield Round("ce-40", "restart", _climb(40, _CE), 0.1, repeat=3)
+    yield Round("ce-40", "restart", _climb(40, _CE), 0.08, repeat=3)
     yield Round("funnel-40", "outside", _funnel(norm, 40), 0.15, repeat=4)
-    yield Round("funnel-warm-40", "outside", _funnel(norm, 40), 0.1, repeat=4, warm=True)
-    yield Round("targets-20", "targets", Targets(_climb(20), 4, among=20), 0.08)
+    yield Round("funnel-warm-40", "outside", _funnel(norm, 40), 0.1, repeat=6, warm=True)
+    yield Round("targets-20", "targets", Targets(_climb(20), 4, among=20), 0.05)
     if norm in Square.norms:
-        yield Round("square-climb-500", "outside", _square_climb(500), 0.05, repeat=6)
-    yield Round("inward-500", "outside", Inward(steps=500), 0.03, repeat=3)
+        yield _dear("square-climb-500", "outside", _square_climb(500), 0.05)
+    yield _dear("inward-500", "outside", Inward(steps=500), 0.03)
     if norm in Square.norms:
-        yield Round("square-climb-1500", "outside", _square_climb(1500), 0.02, repeat=2)
+        yield _dear("square-climb-1500", "outside", _square_climb(1500), 0.02)
 
 
 def _thorough(norm: str) -> Iterator[Round]:
@@ -118,8 +127,8 @@ def _thorough(norm: str) -> Iterator[Round]:
     yield Round("ce-100", "restart", _climb(100, _CE), 0.1, repeat=4)
     yield Round("targets-100", "targets", Targets(_climb(100), 4, among=40), 0.03)
     if norm in Square.norms:
-        yield Round("square-climb-3000", "scores", _square_climb(3000), 0.03, repeat=3)
-    yield Round("inward-1000", "outside", Inward(steps=1000), 0.03, repeat=3)
+        yield _dear("square-climb-3000", "scores", _square_climb(3000), 0.03, 3 * _PRICE, repeat=3)
+    yield _dear("inward-1000", "outside", Inward(steps=1000), 0.03, 3 * _PRICE, repeat=3)
 
 
 def _tighten(norm: str) -> Iterator[Round]:

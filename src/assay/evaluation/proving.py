@@ -50,6 +50,11 @@ class Proven:
         margins, no = torch.full((n, classes), -torch.inf, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
         return cls(margins, torch.zeros(n, dtype=torch.float64), no, no.clone())
 
+    @property
+    def excluded(self) -> Mask:
+        """Classes (n, c) that no point of the ball is taken for; and the label, of a sample that was asked about."""
+        return self.margins > 0
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         return {f"proven.{f.name}": getattr(self, f.name).numpy() for f in fields(self)}
 

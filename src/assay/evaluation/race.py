@@ -28,7 +28,7 @@ TRIAL: Final = 16
 """Samples on which an opener is tried. With fewer than six groups of that size, nothing is tried."""
 
 CLEAR: Final = 0.5
-"""Where the best opener breaks this share of its group, others that break less than a quarter of that are left out."""
+"""Where the best opener breaks this share of its group, others that break less than half of that are left out."""
 
 FALLEN: Final = 12
 """Passes that are granted for a sample that has fallen; most fall within a few steps."""
@@ -55,6 +55,8 @@ class Round:
         warm: start from the best point so far.
         opener: tried on a few samples first; the opener that breaks most is run on all samples, the others follow.
         full: take all steps of an attack with a sample that has fallen, too.
+        block: the most samples that it is given at once (None: its share): the fewer, the sooner it stops where nothing
+            falls.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Round:
     warm: bool = False
     opener: bool = False
     full: bool = False
+    block: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         how = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "attack"}
@@ -98,8 +101,8 @@ class Race:
     """Where a race stands: plain tensors on the CPU and plain numbers, so that it can be saved between any two batches.
 
     n samples, c classes. ``near`` (n, c) says how near each class came to overtaking the label, at the clean input or
-    at the best point of any round: a margin, negative. A sample's place in the race is its largest, over the square
-    root of ``gap``, its margin at the clean input.
+    at the best point of any round: a margin, negative; -inf for the label, and for what is proven out of reach. A
+    sample's place in the race is its largest, over the square root of ``gap``, its margin at the clean input.
     ``best`` (n, *f) holds the best points; of a fallen sample, the one that fools.
     """
 
@@ -125,23 +128,24 @@ class Race:
     yielded: float = 0.0  # share of the last block that fell, or, where a turn ended with it, of that turn
 
     @classmethod
-    def start(
-        cls, rounds: tuple[Round, ...], x: Inputs, clean: Logits, labels: Labels, right: Mask, draws: Draws
-    ) -> "Race":
-        """Line up the samples x (n, *f) that are ``right`` (n,); openers come first among the rounds."""
-        near, none = margins(clean, labels), torch.full_like(labels, -1)
+    def start(cls, rounds: tuple[Round, ...], x: Inputs, near: Tensor, right: Mask, draws: Draws) -> "Race":
+        """Line up the samples x (n, *f) that are ``right`` (n,); openers come first among the rounds.
+
+        ``near`` (n, c) are the :func:`margins` at x.
+        """
+        none, far = torch.full((len(x),), -1), torch.finfo(near.dtype)
         openers, group = sum(r.opener for r in rounds), max(TRIAL, len(x) // 32)
         race = cls(
             standing=right.clone(),
             near=near,
             best=x.clone(),
-            gap=(-near.amax(1)).clamp_min(torch.finfo(near.dtype).tiny),
+            gap=(-near.amax(1)).clamp(far.tiny, far.max),
             by=none,
             trial=none.clone(),
             order=[*range(len(rounds))],
             trials=openers if openers > 1 and int(right.sum()) >= 2 * openers * group else 0,
             yields=[],
-            waiting=labels[:0],
+            waiting=none[:0],
             seen=torch.zeros_like(right),
         )
         if race.trials:
@@ -181,15 +185,14 @@ class Race:
         self.leg += 1
         self._end(0)
 
-    def settle(self, ids: Labels, fell: Mask, logits: Logits, labels: Labels, x: Inputs) -> None:
-        """Take note of what a round did to the samples ``ids`` (k,): who fell, and the logits at the best points x."""
+    def settle(self, ids: Labels, fell: Mask, near: Tensor, x: Inputs) -> None:
+        """Take note of what a round did to the samples ``ids`` (k,): who fell, and the margins (k, c) at the best x."""
         count = int(fell.sum())
         self.fell, self.fell_in_turn = self.fell + count, self.fell_in_turn + count
         self.standing[ids] &= ~fell
         self.by[ids] = torch.where(fell, self.order[self.leg], self.by[ids])
-        new = margins(logits, labels)
-        better = fell | (new.amax(1) > self.near[ids].amax(1))
-        self.near[ids] = torch.maximum(self.near[ids], new)
+        better = fell | (near.amax(1) > self.near[ids].amax(1))
+        self.near[ids] = torch.maximum(self.near[ids], near)
         self.best[ids[better]] = x[better]
 
     def _advance(self, now: Round, rounds: tuple[Round, ...]) -> None:
@@ -210,7 +213,8 @@ class Race:
         if self.trials:
             self._give((self.trial == self.leg).nonzero()[:, 0])
             return
-        self.size = max(LEAST, math.ceil(now.share * int(self.standing.sum())))
+        share = math.ceil(now.share * int(self.standing.sum()))
+        self.size = max(LEAST, min(share, now.block or share))
         if not self._block():
             self.leg += 1
             self._end(0)
@@ -224,7 +228,7 @@ class Race:
         if self.trials:
             return
         best = max(range(len(self.yields)), key=lambda i: (self.yields[i], -i))
-        poor = self.yields[best] / 4 if self.yields[best] >= CLEAR else 0.0
+        poor = self.yields[best] / 2 if self.yields[best] >= CLEAR else 0.0
         weak = {i for i, share in enumerate(self.yields) if share < poor}
         self.order = [best, *(i for i in range(len(rounds)) if i != best and i not in weak)]
         self.leg, self.size, self.seen = 0, len(self.standing), self.trial == best
@@ -273,7 +277,7 @@ def passes_of(attack: Runnable) -> int:
             raise NotImplementedError(f"the cost of {type(attack).__name__} is not known")
 
 
-def margins(logits: Logits, labels: Labels) -> Tensor:
-    """Return how far each class is ahead of the label (n, c); -inf for the label itself."""
+def margins(logits: Logits, labels: Labels, excluded: Mask) -> Tensor:
+    """Return how far each class is ahead of the label (n, c); -inf for the label and what is ``excluded`` (n, c)."""
     own = labels[:, None]
-    return (logits - logits.gather(1, own)).scatter(1, own, -torch.inf)
+    return (logits - logits.gather(1, own)).scatter(1, own, -torch.inf).masked_fill(excluded, -torch.inf)
