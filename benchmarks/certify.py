@@ -37,7 +37,7 @@ from typing import Any, TypeAlias
 
 import torch
 from _auto_lirpa import Bounded
-from minimal_norm import Thinned, cifar_case
+from minimal_norm import ResNet20, Thinned, cifar_case
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -54,9 +54,12 @@ from assay.certification.vnnlib import verify_file
 from assay.models.demo.nets import mnist_cnn
 
 DEMOS = ("mnist-plain", "mnist-robust", "mnist-certified")
-EPS = {"cifar": (0.1 / 255,)}
+EPS = {"cifar": (0.01 / 255, 0.02 / 255)}
 USUAL = (0.1, 0.2, 0.3)
 LIMITS = {"mnist-certified": 1000}
+TOGETHER = {"cifar": 1}
+"""Samples, at most, that are asked about together."""
+
 PEER = "auto_LiRPA"
 SEARCHED = ("alpha", "complete")
 """Methods that take one sample after the other."""
@@ -238,7 +241,7 @@ def lower(case: Case, task: Task) -> Solve:
 
 def peers(case: Case, task: Task) -> Solve:
     """Return what finds the mean margin of a sample against the other classes, by one method alone."""
-    rival = Bounded(unpadded(case.net), case.x[:1]) if task.by == PEER else None
+    rival = Bounded(plainer(case.net), case.x[:1]) if task.by == PEER else None
     arithmetic = "float32" if rival else task.by
     prover = Proof(task.method, case.seconds, arithmetic).prover(case.model, tuple(case.x.shape[1:]), None)
 
@@ -263,7 +266,7 @@ def alone(prover: Prover, x: Tensor, c: Tensor, task: Task) -> Tensor:
         return bounds.lower(graph.out, c, since=graph.out)
     if task.method == "crown-ibp":
         return bounds.lower(graph.out, c)
-    refine(bounds)
+    refine(bounds, quick=prover.quick)
     if task.method == "crown":
         return bounds.lower(graph.out, c)
     skeleton = fold(bounds, ascent.steps, ascent.rate)
@@ -294,14 +297,23 @@ def tasks(case: Case, args: argparse.Namespace) -> Iterator[Task]:
         yield from (Task("peers", *each) for each in product(alone, sizes, ("float32", "real", PEER)))
 
 
-def unpadded(net: nn.Module) -> nn.Module:
-    """Return the network with convolutions in the place of padded shortcuts, which the peer cannot follow."""
+def plainer(net: nn.Module) -> nn.Module:
+    """Return the same function in layers that the peer can follow.
+
+    A ResNet-20 gets convolutions in the place of padded shortcuts, and of the normalisation of its inputs.
+    """
     net = copy.deepcopy(net)
     for block in net.modules():
         for name, part in [*block.named_children()]:
             if isinstance(part, Thinned):
                 setattr(block, name, part.convolution())
-    return net
+    if not isinstance(net, ResNet20):
+        return net
+    first = nn.Conv2d(3, 3, 1)
+    first.weight.data = torch.diag(1 / net.std.flatten())[:, :, None, None]
+    first.bias = nn.Parameter(-(net.mean / net.std).flatten())
+    stages = net.conv1, net.bn1, nn.ReLU(), net.layer1, net.layer2, net.layer3
+    return nn.Sequential(first, *stages, nn.AvgPool2d(8), nn.Flatten(), net.linear).eval().requires_grad_(False)
 
 
 def fill(case: Case, task: Task, few: int) -> None:
@@ -313,7 +325,7 @@ def fill(case: Case, task: Task, few: int) -> None:
         return
     case.folder.mkdir(parents=True, exist_ok=True)
     solve = SOLVE[task.part](case, task)
-    for rows in missing.split(task.together):  # type: ignore[no-untyped-call]
+    for rows in missing.split(min(task.together, TOGETHER.get(case.kind, 1000))):  # type: ignore[no-untyped-call]
         begin, start = time.process_time(), time.perf_counter()
         values = solve(rows)
         spent = (time.process_time() - begin) / len(rows), (time.perf_counter() - start) / len(rows)
@@ -462,7 +474,7 @@ def show(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def note(cache: Path) -> None:
     """Keep the command, each path as its last part."""
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    words = [Path(word).name if os.sep in word and not word[0].isdigit() else word for word in sys.argv[1:]]
     path = cache / "commands.txt"
     cache.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -480,6 +492,12 @@ def page(texts: Sequence[str], cache: Path) -> str:
     return "\n\n".join(["# Tables of certify.py", head, ran, *texts]) + "\n"
 
 
+def fraction(text: str) -> float:
+    """Read a number, or a quotient of two."""
+    top, *below = map(float, text.split("/"))
+    return top / below[0] if below else top
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -488,7 +506,7 @@ def _arguments() -> argparse.Namespace:
     add("--vnncomp", type=Path, nargs="*", default=(), metavar="FOLDER", help="one network, properties, verdicts.csv")
     add("--nets", nargs="+", choices=[*DEMOS, "mnist", "cifar"], help="default: the demos and whose files are given")
     add("--parts", nargs="+", choices=("share", "bracket", "peers", "vnncomp"), default=("share", "bracket"))
-    add("--eps", nargs="+", type=float, help="default: 0.1, 0.2, 0.3; CIFAR-10: 0.1/255")
+    add("--eps", nargs="+", type=fraction, help="default: 0.1, 0.2, 0.3; CIFAR-10: 0.01/255, 0.02/255")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--limit", type=int, help=f"samples; default: 100, {LIMITS}")
     add("--few", type=int, default=10, help="samples beside the peer")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.certification.graph import Graph
 from assay.certification.region import Region
-from assay.certification.rules import Affine, Lines, Pair, Relaxed, Rule, dot
+from assay.certification.rules import Affine, Band, Lines, Pair, Relaxed, Rule, dot
 from assay.certification.windows import Windows
 from assay.core.errors import ModelError
 
@@ -62,7 +62,7 @@ class Arithmetic:
                 code="arithmetic-too-coarse",
             )
         kept = (1 + self.stored) ** 3 if terms else 1.0  # both operands, and the result
-        return kept * (1 + _gamma(terms, self.unit)) - 1
+        return kept * (1 + gamma(terms, self.unit)) - 1
 
 
 FLOAT32, REAL = Arithmetic("float32", 2.0**-24), Arithmetic("real", 0.0)
@@ -97,11 +97,12 @@ class Bounds:
         found.forward()
         return found
 
-    def forward(self, known: Mapping[int, Pair] | None = None) -> None:
-        """Find bounds of all steps by intervals, never wider than those at hand or ``known``."""
-        old, self.pairs, self.slack, self.around = self.pairs, [], [], {}
+    def forward(self, known: Mapping[int, Pair] | None = None, since: int = 0) -> None:
+        """Find bounds of all steps from ``since`` on by intervals, never wider than those at hand or ``known``."""
+        old, self.pairs, self.slack = self.pairs, self.pairs[:since], self.slack[:since]
+        self.around = {v: lines for v, lines in self.around.items() if v < since}
         r, shape = self.region, self.graph.steps[0].shape
-        for v, step in enumerate(self.graph.steps):
+        for v, step in enumerate(self.graph.steps[since:], since):
             if step.rule is None:
                 pair = r.low.view(-1, *shape), r.high.view(-1, *shape)
             else:
@@ -119,16 +120,16 @@ class Bounds:
         step, own = self.graph.steps[v], torch.finfo(self.graph.dtype).eps / 2
         # What the proof itself rounds: sums over the entries, over the steps, and the product with this allowance.
         entries = math.prod(step.shape) + len(self.graph.steps)
-        paid = 1 + 2 * _gamma(entries + 8, own)
+        paid = 1 + 2 * gamma(entries + 8, own)
         if not isinstance(step.rule, Affine):
             most = torch.maximum(pair[0].abs(), pair[1].abs())
-            guard = _gamma((1 if v else 4) * entries + 64, own)  # the minimum over the region takes more operations
+            guard = gamma((1 if v else 4) * entries + 64, own)  # the minimum over the region takes more operations
             ulps = 0.0 if step.rule is None else step.rule.ulps
             share = 2 * self.arithmetic.unit * ulps + self.arithmetic.stored + guard
             return most * (share * paid) + _SMALLEST
         inputs = [torch.maximum(low.abs(), high.abs()) for low, high in (self.pairs[i] for i in step.inputs)]
         terms = step.rule.terms
-        share = self.arithmetic.gamma(terms) + _gamma(terms + entries + 8, own)
+        share = self.arithmetic.gamma(terms) + gamma(terms + entries + 8, own)
         return step.rule.magnitude(*inputs) * (share * paid) + terms * _SMALLEST
 
     def relaxed(self, v: int) -> Relaxed:
@@ -177,10 +178,11 @@ class Bounds:
         a_0 = self.backward(v, a, pull)
         if a_0 is not None:
             flat = dense(a_0).reshape(*totals[0].shape, *self.region.x.shape[1:])
-            totals.append(self.region.least(flat) - dot(flat.abs(), self.slack[0]))
+            at = self.region.least(flat.to(self.region.x.dtype))
+            totals.append(at - dot(flat.abs(), self.slack[0]))
             if seen is not None:
                 seen.append(flat)
-        return torch.stack(totals).sum(0)
+        return torch.stack([t.to(self.region.x.dtype) for t in totals]).sum(0)
 
     def backward(
         self, v: int, a: "Tensor | Windows", pull: "Callable[[int, Tensor | Windows], tuple[Tensor | Windows, ...]]"
@@ -208,7 +210,7 @@ class Bounds:
         if slopes is not None and isinstance(around, Lines) and around.free is not None:
             chosen = slopes.at(v, around, a)
         if isinstance(a, Windows):
-            assert isinstance(around, Affine | Lines)
+            assert isinstance(around, Affine | Lines | Band)
             return *a.through(around, chosen), a._replace(a=a.a.abs()).dot(self.slack[v])
         parts, constant = around.pull(a, chosen) if isinstance(around, Lines) else around.pull(a)
         return parts, constant, dot(a.abs(), self.slack[v])
@@ -230,7 +232,8 @@ def _exact(rule: Affine | Rule | None) -> bool:
     return rule is None or (rule.signs == "copy" and not rule.terms if isinstance(rule, Affine) else not rule.ulps)
 
 
-def _gamma(terms: int, unit: float) -> float:
+def gamma(terms: int, unit: float) -> float:
+    """Return the largest relative error of a sum of products, for a rounding error of ``unit`` each."""
     return terms * unit / (1 - terms * unit)
 
 

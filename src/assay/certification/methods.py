@@ -4,18 +4,23 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from assay.certification.bounds import Bounds, Slopes
+from assay.certification.centred import Centred
 from assay.certification.graph import Graph
-from assay.certification.rules import Affine
+from assay.certification.rules import Affine, Pair, Rule
 from assay.certification.windows import Windows, chosen
 
 MEMORY = 2**24
 """Bytes that the coefficients of one backward pass may take, per tensor about."""
+
+OFTEN = 6
+"""Where more than one of so many active neurons is open, all of them are bounded by backward passes."""
 
 
 @final
@@ -100,21 +105,43 @@ def _like(mask: Tensor, t: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (t.ndim - mask.ndim))
 
 
-def refine(bounds: Bounds, ascent: Ascent | None = None, deadline: float = math.inf) -> None:
+def refine(
+    bounds: Bounds, ascent: Ascent | None = None, deadline: float = math.inf, quick: Graph | None = None
+) -> None:
     """Tighten the inputs of every step that is not affine, in order, by backward passes (CROWN).
 
     Only entries where that matters: a ReLU whose sign is known is exact already. After the ``deadline``, on the clock
-    ``time.monotonic``, the intervals at hand have to do.
+    ``time.monotonic``, the intervals at hand have to do. With ``quick``, the graph in float32, coefficients are in
+    float32 where there are many.
     """
     exact = exact_by_intervals(bounds)
+    centred = Centred.of(bounds, quick) if quick is not None and ascent is None else None
     for step in bounds.graph.steps:
         if step.rule is None or isinstance(step.rule, Affine):
             continue
         for k, i in enumerate(step.inputs):
             wanted = step.rule.loose(*(bounds.pairs[j] for j in step.inputs))[k]
-            if i not in exact and wanted.any():
-                tighten(bounds, i, wanted, ascent, deadline)
-                bounds.forward()
+            if i in exact or not wanted.any():
+                continue
+            if centred is not None and len(step.inputs) == 1 and (many := centred.pays(i, wanted)).any():
+                _settle(bounds, centred, step.rule, i, many, deadline)
+                wanted = wanted & ~_like(many, wanted)
+            tighten(bounds, i, wanted, partial(_both, bounds, i, ascent), deadline)
+            bounds.forward(since=i)
+
+
+def _settle(bounds: Bounds, centred: Centred, rule: Rule, i: int, rows: Tensor, deadline: float) -> None:
+    """Tighten step i, the only input of a step, on the regions ``rows`` (n,): what is cheap first.
+
+    Intervals of the layers after this one stay useful only if those that are open or active here are all tight.
+    """
+    (wanted,) = rule.loose(bounds.pairs[i])
+    active = wanted | (bounds.pairs[i][1] > 0)
+    often = wanted.flatten(1).sum(1) * OFTEN > active.flatten(1).sum(1)
+    first = torch.where(_like(often, wanted), active, wanted) & _like(rows, wanted)
+    tighten(bounds, i, first, partial(centred.by_bands, i), deadline)
+    (wanted,) = rule.loose(bounds.pairs[i])
+    tighten(bounds, i, wanted & _like(rows, wanted), partial(centred.by_lines, i), deadline)
 
 
 def exact_by_intervals(bounds: Bounds) -> set[int]:
@@ -130,7 +157,20 @@ def exact_by_intervals(bounds: Bounds) -> set[int]:
     return exact
 
 
-def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None, deadline: float = math.inf) -> None:
+Both: TypeAlias = Callable[[Tensor, Tensor], Pair]
+"""From the numbers of regions (k,) and of entries (k, m) on each to bounds (k, m)."""
+
+
+def _both(bounds: Bounds, v: int, ascent: Ascent | None, rows: Tensor, at: Tensor) -> Pair:
+    """Return bounds (k, m) of the entries ``at`` (k, m) of step v on the regions ``rows`` (k,)."""
+    sign = torch.ones_like(at, dtype=bounds.graph.dtype)
+    entries = chosen(torch.cat([at, at], 1), torch.cat([sign, -sign], 1), bounds.graph.steps[v].shape)
+    part = bounds.take(rows)
+    found = part.lower(v, entries) if ascent is None else ascent(part, v, entries)[0]
+    return found[:, : at.shape[1]], -found[:, at.shape[1] :]
+
+
+def tighten(bounds: Bounds, v: int, wanted: Tensor, both: Both, deadline: float = math.inf) -> None:
     """Bound the ``wanted`` (n, *shape) entries of step v by backward passes, and keep what is better."""
     n = len(wanted)
     low, high = (t.flatten(1).clone() for t in bounds.pairs[v])
@@ -146,16 +186,13 @@ def tighten(bounds: Bounds, v: int, wanted: Tensor, ascent: Ascent | None = None
         together = max(1, most // (2 * count))
         rows = order[begin : begin + together]
         places = mask[rows].double().argsort(dim=1, descending=True, stable=True)[:, :count]
-        part = bounds.take(rows)
         for at in torch.split(places, max(1, most // (2 * len(rows))), 1):
             if time.monotonic() > deadline:
                 break
-            both, sign = torch.cat([at, at], 1), torch.ones_like(at, dtype=low.dtype)
-            entries = chosen(both, torch.cat([sign, -sign], 1), tuple(wanted.shape[1:]))
-            found = part.lower(v, entries) if ascent is None else ascent(part, v, entries)[0]
-            below, above = found[:, : at.shape[1]], -found[:, at.shape[1] :]
+            below, above = both(rows, at)
             where = rows[:, None].expand_as(at)
-            low[where, at] = torch.maximum(low[where, at], below)
-            high[where, at] = torch.minimum(high[where, at], above)
+            here = mask[where, at]  # what is more than wanted would depend on the other regions
+            low[where, at] = torch.where(here, torch.maximum(low[where, at], below), low[where, at])
+            high[where, at] = torch.where(here, torch.minimum(high[where, at], above), high[where, at])
         begin += together
     bounds.pairs[v], bounds.around = (low.view(wanted.shape), high.view(wanted.shape)), {}

@@ -135,7 +135,7 @@ class Prover:
         if method in ("ibp", "crown-ibp"):
             margins = bounds.lower(graph.out, c, since=graph.out if method == "ibp" else 0)
         else:
-            refine(bounds, deadline=_half_way(end))
+            refine(bounds, deadline=_half_way(end), quick=self.quick)
             margins = bounds.lower(graph.out, c)
         if method in ("alpha", "complete"):
             open_ = ((known <= 0) & (margins <= 0))[0].nonzero().squeeze(1)
@@ -216,7 +216,7 @@ class BoxProver:
             return
         self._box, self._skeleton = box, None
         self._bounds = Bounds.by_intervals(self.prover.exact, region, self.prover.arithmetic)
-        refine(self._bounds, deadline=_half_way(deadline))
+        refine(self._bounds, deadline=_half_way(deadline), quick=self.prover.quick)
         with suppress(NotLinesError, TooLargeError):
             how = self.prover.ascent
             skeleton = fold(self._bounds, how.steps, how.rate, _half_way(deadline))

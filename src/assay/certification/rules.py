@@ -5,7 +5,7 @@ Every rule works on batches: values and bounds are (n, *shape), coefficients tha
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
@@ -94,6 +94,7 @@ class Affine:
     absolute: Callable[..., Tensor] | None = None
     terms: int = 0
     conv: Conv | None = None
+    shifts: bool = field(default=True, init=False)  # False where it is known to have no constant
     _pull: tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor] | None = field(default=None, init=False)
 
     def value(self, *x: Tensor) -> Tensor:
@@ -116,13 +117,12 @@ class Affine:
             return low, high
         middle = self.value(*((low + high) / 2 for low, high in pairs))
         half = tuple((high - low) / 2 for low, high in pairs)
-        none = tuple(torch.zeros_like(h[:1]) for h in half)
-        wide = (self.magnitude(*half) - self.magnitude(*none)).clamp_min(0)
+        wide = self.spread(*half)
         return middle - wide, middle + wide
 
     def pull(self, a: Tensor) -> Pulled:
         parts: tuple[Tensor, ...] = _Transposed.apply(self, a)  # type: ignore[no-untyped-call]
-        return parts, a.flatten(2) @ self.offset.flatten()
+        return parts, a.flatten(2) @ self.offset.flatten() if self.shifts else a.new_zeros(a.shape[:2])
 
     def transposed(self, a: Tensor) -> tuple[Tensor, ...]:
         """Return the vector-Jacobian products (m, *shape) of a (m, *shape)."""
@@ -134,9 +134,30 @@ class Affine:
         """The value (*shape) at 0."""
         return self._linear()[1]
 
+    def linear(self) -> "Affine":
+        """Return the step without its constant: what it makes of differences."""
+        found = replace(self)
+        back, offset = self._linear()
+        found._pull, found.shifts = (back, torch.zeros_like(offset)), False
+        return found
+
+    @property
+    def fan(self) -> int:
+        """How many products, at most, are added up for one entry of a vector-Jacobian product."""
+        if self.conv is not None:
+            return self.conv.weight[:, 0].numel() // self.conv.groups
+        if self.signs == "copy":
+            return round(max(float(f.amax()) for f in self.factors))
+        shape = tuple(self.offset.shape)
+        return 1 if self.signs == "vertex" and all(s == shape for s in self.shapes) else math.prod(shape)
+
+    def spread(self, *x: Tensor) -> Tensor:
+        """Return how large differences can get, for inputs that differ by at most x (n, *shape)."""
+        return (self.magnitude(*x) - self.magnitude(*(torch.zeros_like(t[:1]) for t in x))).clamp_min(0)
+
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """Of a step that works entry by entry: what each input (*shape) is multiplied by."""
+        """Of a step that works entry by entry: the factor of each input (*shape); of copies: how many there are."""
         back, offset = self._linear()
         return back(torch.ones_like(offset))
 
@@ -193,6 +214,16 @@ class Lines(NamedTuple):
         if self.low0 is not None:
             constant = constant + dot(plus, self.low0)
         return (plus * low + minus * self.high[:, None],), constant
+
+
+class Band(NamedTuple):
+    """A function ``slope * x + middle``, each (n, *shape), give or take what is allowed for elsewhere."""
+
+    slope: Tensor
+    middle: Tensor
+
+    def pull(self, a: Tensor) -> Pulled:
+        return (a * self.slope[:, None],), dot(a, self.middle)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from assay.certification.rules import Affine, Conv, Lines, Relaxed
+from assay.certification.rules import Affine, Band, Conv, Lines, Relaxed
 
 
 class Windows(NamedTuple):
@@ -97,19 +97,21 @@ class Windows(NamedTuple):
     def passes(self, rule: Affine | Relaxed) -> bool:
         """Whether a step leaves windows windows: convolutions, lines, and what is affine entry by entry."""
         if not isinstance(rule, Affine):
-            return isinstance(rule, Lines)
+            return isinstance(rule, Lines | Band)
         maps = [tuple(rule.offset.shape), *rule.shapes]
         alike = len(maps[0]) == 4 and maps[0][0] == 1 and all(shape == maps[0] for shape in maps)
         return rule.conv is not None or (rule.signs == "vertex" and alike)
 
-    def through(self, rule: Affine | Lines, slopes: Tensor | None) -> "tuple[tuple[Windows, ...], Tensor]":
+    def through(self, rule: Affine | Lines | Band, slopes: Tensor | None) -> "tuple[tuple[Windows, ...], Tensor]":
         """Return windows for each input of a step that they pass, and a constant (n, s)."""
         if isinstance(rule, Lines):
             return self._lines(rule, slopes)
+        if isinstance(rule, Band):
+            return (self._replace(a=self.a * self.cut(rule.slope)),), self.dot(rule.middle)
         if rule.conv is not None:
             return self._convolution(rule.conv, rule)
         parts = tuple(self._replace(a=self.a * self.cut(f[None])) for f in rule.factors)
-        return parts, self.dot(rule.offset[None])
+        return parts, self._shift(rule)
 
     def _lines(self, lines: Lines, slopes: Tensor | None) -> "tuple[tuple[Windows, ...], Tensor]":
         plus = self.a.clamp(min=0)
@@ -133,8 +135,10 @@ class Windows(NamedTuple):
         size = (rule.shapes[0][2], rule.shapes[0][3])
         grown = Windows(a.view(n, s, *a.shape[1:]), top, left, size)
         inside = grown.cut(torch.ones(1, 1, a.shape[1], *size, dtype=a.dtype, device=a.device))
-        constant = self.dot(rule.offset[None])
-        return (grown._replace(a=grown.a * inside),), constant
+        return (grown._replace(a=grown.a * inside),), self._shift(rule)
+
+    def _shift(self, rule: Affine) -> Tensor:
+        return self.dot(rule.offset[None]) if rule.shifts else self.a.new_zeros(self.a.shape[:2])
 
 
 def chosen(entries: Tensor, sign: Tensor, shape: tuple[int, ...]) -> Tensor | Windows:
