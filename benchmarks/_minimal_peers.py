@@ -300,21 +300,21 @@ def _art(name: str, t: Task, *, labels: bool = True, **params: Any) -> Any:
     return attack.generate(t.x.numpy(), y=t.y.numpy() if labels else None)
 
 
-def _art_cw(t: Task) -> Any:
-    return _art("CarliniL2Method", t, binary_search_steps=t.rounds, max_iter=t.steps(9, t.rounds))
+def _art_cw(t: Task, **params: float) -> Any:
+    return _art("CarliniL2Method", t, binary_search_steps=t.rounds, max_iter=t.steps(9, t.rounds), **params)
 
 
-def _art_cw_linf(t: Task) -> Any:
-    return _art("CarliniLInfMethod", t, max_iter=t.steps(6, 8), initial_const=0.1, const_factor=10.0)
+def _art_cw_linf(t: Task, **params: float) -> Any:
+    return _art("CarliniLInfMethod", t, max_iter=t.steps(6, 8), initial_const=0.1, const_factor=10.0, **params)
 
 
-def _art_cw_l0(t: Task) -> Any:
-    return _art("CarliniL0Method", t, binary_search_steps=FEW, max_iter=t.steps(12, 10 * FEW))
+def _art_cw_l0(t: Task, **params: float) -> Any:
+    return _art("CarliniL0Method", t, binary_search_steps=FEW, max_iter=t.steps(12, 10 * FEW), **params)
 
 
-def _art_ead(t: Task) -> Any:
+def _art_ead(t: Task, **params: float) -> Any:
     steps = t.steps(6, t.rounds)
-    return _art("ElasticNet", t, binary_search_steps=t.rounds, max_iter=steps, decision_rule="L1")
+    return _art("ElasticNet", t, binary_search_steps=t.rounds, max_iter=steps, decision_rule="L1", **params)
 
 
 def _art_deepfool(t: Task) -> Any:
@@ -325,6 +325,9 @@ def _art_jsma(t: Task) -> Any:
     changed = 2 * t.steps(3)  # two values a step; targets are random
     return _art("SaliencyMapMethod", t, labels=False, theta=1.0, gamma=min(1.0, changed / t.features))
 
+
+_STRONG = {"learning_rate": 0.1, "initial_const": 10.0}
+"""For ART: its first constant, 0.01, grows too little within a few rounds to leave a robust label."""
 
 AL, FB, TA, ART = "adv-lib", "Foolbox", "torchattacks", "ART"
 ROUND, ALL = ("linf", "l2", "l1"), ("linf", "l2", "l1", "l0")
@@ -346,15 +349,19 @@ PEERS = (
     Peer(TA, "cw", L2, _ta_cw),
     Peer(TA, "cw", L2, partial(_ta_cw, lr=0.1), "lr 0.1"),
     Peer(ART, "cw", L2, _art_cw),
+    Peer(ART, "cw", L2, partial(_art_cw, **_STRONG), "lr 0.1, c 10"),
     Peer(AL, "cw-linf", LINF, _al_cw_linf),
     Peer(AL, "cw-linf", LINF, partial(_al_cw_linf, learning_rate=0.1), "lr 0.1"),
     Peer(ART, "cw-linf", LINF, _art_cw_linf),
+    Peer(ART, "cw-linf", LINF, partial(_art_cw_linf, learning_rate=0.1), "lr 0.1"),
     Peer(ART, "cw-l0", L0, _art_cw_l0),
+    Peer(ART, "cw-l0", L0, partial(_art_cw_l0, **_STRONG), "lr 0.1, c 10"),
     Peer(FB, "ead", L1, _fb_ead),
     Peer(FB, "ead", L1, partial(_fb_ead, stepsize=0.1), "lr 0.1"),
     Peer(TA, "ead", L1, partial(_ta_ead, "EADL1")),
     Peer(TA, "ead", L1, partial(_ta_ead, "EADEN"), "EN"),
     Peer(ART, "ead", L1, _art_ead),
+    Peer(ART, "ead", L1, partial(_art_ead, **_STRONG), "lr 0.1, c 10"),
     Peer(AL, "pdgd", L2, _al("pdgd")),
     Peer(AL, "pdpgd", ALL, _al("pdpgd", norm="norm")),
     Peer(AL, "alma", ("l2", "l1"), _al_alma),

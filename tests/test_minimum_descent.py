@@ -236,7 +236,7 @@ def test_fmn_is_the_published_algorithm(norm: str) -> None:
         best = min(best, size(delta, norm)) if adversarial else best
         radius = min(most, next_radius(norm, adversarial, radius, best, c, size(delta, norm), loss, grad))
         step = radius * grad.sign() if norm == "linf" else grad / grad.norm()
-        step = 2 * math.sqrt(radius) * step if norm == "l0" else step
+        step = math.sqrt(radius) * step if norm == "l0" else step
         delta = into_ball(x0, delta + a * step, radius, norm, stretch=math.isinf(best))
 
 
@@ -244,6 +244,7 @@ def next_radius(
     norm: str, adversarial: bool, radius: float, best: float, c: float, now: float, loss: Tensor, grad: Tensor
 ) -> float:
     if norm == "l0":
+        c = 2 * c
         fewer, more = min(radius - 1, math.floor(radius * (1 - c)), best), max(radius + 1, math.floor(radius * (1 + c)))
         return max(1, fewer if adversarial else more)
     if adversarial:

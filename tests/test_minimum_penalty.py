@@ -127,7 +127,7 @@ def test_a_step_of_the_walk_stays_on_the_plane_in_its_trust_region_and_in_the_bo
     assert (NORMS[norm].size(z) <= NORMS[norm].size(region.d)).all()
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
 def test_no_random_point_of_a_region_is_smaller(norm: str) -> None:
     """Points of the plane and of the trust region, drawn around the solution at all scales."""
     region, size = a_region(), NORMS[norm].size

@@ -125,7 +125,7 @@ def evaluate(
         threat.within(model.domain, int(np.prod(data.shape))),
     )
     with metered() as before:
-        checked = check_model(model, data, threat, device)
+        checked = check_model(model, data, threat, device, repair=effort != UNATTACKED)
         probed = () if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device).findings
     findings += (*checked.findings, *probed)
     prover = proof.prover(checked.model, data.shape, device) if proof else None

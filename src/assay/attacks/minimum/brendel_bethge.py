@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import toward_zero
+from assay.attacks.minimum.descent import cosine, toward_zero
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -18,8 +18,9 @@ from assay.threats.norms import NORMS, TINY, Norm
 from assay.threats.planes import inner, to_plane
 from assay.threats.problem import Problem
 
-_PULLS, _PUSHES = 6, 12
-"""Most trials that settle how strong a pull the trust region allows, and how long a push reaches the plane."""
+_PULLS, _PUSHES, _SQUEEZES = 6, 12, 8
+"""Most trials that settle how strong a pull the trust region allows, how long a push reaches the plane, and how small a
+perturbation in linf may be."""
 
 _FULL, _CLOSE = 0.85, 1e-3
 """Shares of the radius: a step so long is long enough, and a point so near the plane is on it."""
@@ -60,8 +61,8 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
 
     *Differs from the paper in*: the start, which needs no data (the paper takes an image of another class); where no
     ray meets the goal, ever longer steps of gradient signs look for a start. r follows the size of the perturbation.
-    For l2 and linf, z is the best point between the points of the plane that are nearest to x and to x0, which for l2
-    is the optimum where the box leaves it alone. Several walks. The l0 walk begins as one for l1.
+    For l2, z is the best point between the points of the plane that are nearest to x and to x0, the optimum where the
+    box leaves it alone. Several walks. The l0 walk begins as one for l1.
 
     References:
         Brendel et al. 2019, arXiv:1907.01003, sec. 2 and appendix.
@@ -108,7 +109,9 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         if j < first:
             return s._replace(x=choose(s.size.isfinite(), s.best, p.x0))
         begun, at = s.size.isfinite(), (j - first) / (length - first)
-        x = choose(begun, self._step(p, s.x, e, at), self._search(p, s.x, e, j - first))
+        norm = NORMS["l1"] if p.norm.name == "l0" and at < self.sparse else p.norm
+        step = along_boundary(p, s.x, e, norm, cosine(j - first, length - first, self.reach, 0), self.beyond)
+        x = choose(begun, step, self._search(p, s.x, e, j - first))
         return s._replace(x=x.clamp(p.lower, p.upper))
 
     def done(self, s: BrendelBethgeState) -> Mask:
@@ -134,18 +137,21 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         length = min(0.5, 0.02 * 1.3**j) * p.box.width
         return x + choose(blind, noise * min(1.0, 0.1 * (j + 1)), length * e.grad.sign())
 
-    def _step(self, p: Problem, x: Inputs, e: Gradient, at: float) -> Inputs:
-        steep = NORMS["l2"].dual(e.grad).clamp_min(TINY)
-        normal = e.grad / per_sample(steep, e.grad)
-        d, width = (x - p.x0) / p.box.width, p.box.width
-        gap = -e.loss / (steep * width)
-        # The boundary as seen from the clean input: what is aimed at lies a little behind.
-        aim = gap + self.beyond * (inner(normal, d) + gap).abs()
-        norm = NORMS["l1"] if p.norm.name == "l0" and at < self.sparse else p.norm
-        span = NORMS["l2"].size(d) + (norm.name == "l0")  # one value may have to cross the box
-        radius = self.reach * (1 + math.cos(math.pi * at)) / 2 * span
-        lo, hi = (p.lower - p.x0) / width, (p.upper - p.x0) / width
-        return p.x0 + width * Region(d, normal, aim, radius, lo, hi).smallest(norm)
+
+def along_boundary(p: Problem, x: Inputs, e: Gradient, norm: Norm, reach: float, beyond: float = 0.001) -> Inputs:
+    """Return what is smallest in ``norm`` near x on the boundary, as the gradient of the margin at x shows it.
+
+    Near is what is no further in l2 than ``reach`` times the distance to the clean input.
+    """
+    steep = NORMS["l2"].dual(e.grad).clamp_min(TINY)
+    normal = e.grad / per_sample(steep, e.grad)
+    d, width = (x - p.x0) / p.box.width, p.box.width
+    gap = -e.loss / (steep * width)
+    # The boundary as seen from the clean input: what is aimed at lies a little behind.
+    aim = gap + beyond * (inner(normal, d) + gap).abs()
+    span = NORMS["l2"].size(d) + (norm.name == "l0")  # one value may have to cross the box
+    lo, hi = (p.lower - p.x0) / width, (p.upper - p.x0) / width
+    return p.x0 + width * Region(d, normal, aim, reach * span, lo, hi).smallest(norm)
 
 
 def outside(p: Problem) -> Inputs:
@@ -190,7 +196,10 @@ class Region(NamedTuple):
         shrink = (self.radius / NORMS["l2"].size(flat).clamp_min(TINY)).clamp_max(1)
         near = (self.d + per_sample(shrink, flat) * flat).clamp(self.lo, self.hi)
         settled = fits | (shrink < 1)
-        far = self._pulled(norm, near, settled) if norm.name in ("l1", "l0") else self._between(near, goal)
+        if norm.name == "linf":
+            far = self._squeezed(near, goal)
+        else:
+            far = self._between(near, goal) if norm.name == "l2" else self._pulled(norm, near, settled)
         return choose(fits, goal, choose(settled, near, far))
 
     def _between(self, near: Inputs, goal: Inputs) -> Inputs:
@@ -199,6 +208,21 @@ class Region(NamedTuple):
         a, b, c = inner(way, way), inner(way, step), inner(step, step) - self.radius.square()
         share = ((b.square() - a * c).clamp_min(0).sqrt() - b) / a.clamp_min(TINY)
         return (near + per_sample(share.clamp(0, 1), way) * way).clamp(self.lo, self.hi)
+
+    def _squeezed(self, near: Inputs, goal: Inputs) -> Inputs:
+        """Return the smallest perturbation in linf that the radius allows: bisection over its size."""
+        size, best = NORMS["linf"].size, near
+        low, high = size(goal), size(near)
+        for _ in range(_SQUEEZES):
+            top = per_sample((low + high) / 2, near)
+            lo, hi = torch.maximum(self.lo, -top), torch.minimum(self.hi, top)
+            z = self.d.clamp(lo, hi)
+            move = to_plane(NORMS["l2"], self.normal, inner(self.normal, z - self.d) - self.aim, lo - z, hi - z)
+            z = z + move.d
+            fits = move.arrives & (self._away(z) <= self.radius)
+            best = choose(fits, z, best)
+            low, high = torch.where(fits, low, (low + high) / 2), torch.where(fits, (low + high) / 2, high)
+        return best
 
     def _pulled(self, norm: Norm, best: Inputs, settled: Mask) -> Inputs:
         """Return the perturbation that the strongest possible pull leads to: bisection, with good guesses."""

@@ -31,8 +31,8 @@ class FMN(Descent[FMNState]):
     Where x succeeds, e <- min(e (1 - c), smallest success); where an earlier point did, e <- e (1 + c); before that,
     e <- (1 + c) max(e, |x - x0| + |margin| / |g|_dual), a little beyond where a linear model would fall, and x is put
     on the sphere. For l0 the radius is a count, moves by at least one, and starts at 1. a and c fall along half a
-    cosine. In linf the step is x + a e sign(g); in l0 its length is 2 a sqrt(e). The last steps close in as
-    :class:`Descent` says.
+    cosine. In linf the step is x + a e sign(g); in l0 its length is a sqrt(e), and c is twice as large. The
+    last steps close in as :class:`Descent` says.
 
     *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, ``steps`` + ``closing`` backwards.
 
@@ -48,10 +48,10 @@ class FMN(Descent[FMNState]):
     *Differs from the paper in*: until the first success, (1 + c), without which a linear model is never crossed, a
     radius that never falls and the sphere, without which points rest in local maxima well inside the ball; the step in
     linf (the l2-normalised one hardly moves coordinates with small gradients) and in l0 (the length that the paper
-    tunes suits one count: many coordinates need a longer step than few to get to the ends of the box); one projection
-    onto ball and box together, not one after the other; a random direction where the gradient is zero; a radius no
-    larger than the box allows; closing in. Two published implementations get the l2 ball wrong: one stretches every
-    perturbation to the sphere, one never shrinks any.
+    tunes suits one count: many coordinates need a longer step than few to get to the ends of the box), and the larger
+    c there; one projection onto ball and box together, not one after the other; a random direction where the gradient
+    is zero; a radius no larger than the box allows; closing in. Two published implementations get the l2 ball wrong:
+    one stretches every perturbation to the sphere, one never shrinks any.
 
     References:
         Pintor et al. 2021, arXiv:2102.12827, algorithm 1.
@@ -88,6 +88,7 @@ class FMN(Descent[FMNState]):
         return torch.where(e.success, torch.minimum(s.radius * (1 - c), s.best), grown)
 
     def _count(self, p: Problem, s: FMNState, e: Gradient, c: float) -> PerSample:
+        c = 2 * c
         fewer = torch.minimum(s.radius - 1, (s.radius * (1 - c)).floor()).minimum(s.best)
         more = torch.maximum(s.radius + 1, (s.radius * (1 + c)).floor())
         return torch.where(e.success, fewer, more).clamp_min(1)
@@ -98,7 +99,7 @@ def _stride(p: Problem, radius: PerSample, direction: Inputs) -> Inputs:
     if p.norm.name == "linf":
         return per_sample(radius, direction) * direction.sign()
     if p.norm.name == "l0":
-        return per_sample(2 * p.box.width * radius.sqrt(), direction) * direction  # enough for all that are kept
+        return per_sample(p.box.width * radius.sqrt(), direction) * direction  # enough for all that are kept
     return p.box.width * direction
 
 
