@@ -102,7 +102,7 @@ def test_a_model_without_gradient_is_found_and_attacked_all_the_same(net, digits
         scores = net(torch.from_numpy(x.detach().numpy().copy()))
         return torch.from_numpy(scores.detach().numpy().copy())
 
-    result = evaluate(foreign, digits, "linf:0.3", "standard")
+    result = evaluate(foreign, digits.head(12), "linf:0.3", "quick")
     assert the(result, "no-gradient").remedy
     assert result.robust_accuracy < 0.3
 

@@ -173,7 +173,7 @@ def _facts(s: Summary) -> Iterator[tuple[str, str]]:
             "plain",
             (
                 f"{text.count(s.forwards)} forward and {text.count(s.backwards)} backward passes, "
-                f"{text.count(s.per_sample)} per {s.noun}, in {text.duration(s.seconds)}."
+                f"{text.count(s.per_sample)} per {s.noun}{f', in {text.duration(s.seconds)}' if s.seconds else ''}."
             ),
         )
 
