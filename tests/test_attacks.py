@@ -1,6 +1,7 @@
 """Attacks: the contract, closed forms, brute force, and the published algorithms step by step."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -113,7 +114,15 @@ def test_every_attack_of_the_registry_is_checked() -> None:
     assert set(attacks.names()) == set(SHORT)
 
 
-@pytest.mark.parametrize(("name", "norm"), [(n, norm) for n in SHORT for norm in attacks.ATTACKS.traits(n)["norm"]])
+def each_norm() -> Iterator[Any]:
+    """Yield every attack with each of its norms; of presets, whose parts are checked themselves, all but one are slow."""
+    for name in SHORT:
+        preset = not isinstance(attacks.ATTACKS[name], type)
+        for k, norm in enumerate(attacks.ATTACKS.traits(name)["norm"]):
+            yield pytest.param(name, norm, marks=pytest.mark.slow if preset and k else ())
+
+
+@pytest.mark.parametrize(("name", "norm"), each_norm())
 def test_every_attack_keeps_the_contract(name: str, norm: str) -> None:
     check_attack(attacks.get(name, **SHORT[name]), norms=(norm,))
 

@@ -146,7 +146,9 @@ class Walk(DecisionAttack[WalkState[W]], Generic[W]):
         ready = o.found & ~begun & ~o.over & o.on.closed(self.within(p))
         if ready.any():
             begun, w = begun | ready, merged(ready, self.enter(p, o), w)
-        x = choose(o.found, toward(p, o.end, o.on.middle()), self.candidate(p, k))
+        x = toward(p, o.end, o.on.middle())
+        if not o.found.all():
+            x = choose(o.found, x, self.candidate(p, k))
         return WalkState(self._inside(p, choose(begun, self.ask(p, w, k + 1), x)), o, begun, w)
 
     @final
