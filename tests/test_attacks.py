@@ -115,14 +115,14 @@ def test_every_attack_of_the_registry_is_checked() -> None:
 
 
 def each_norm() -> Iterator[Any]:
-    """Yield every attack with each of its norms; of presets, whose parts are checked themselves, all but one are slow."""
+    """Yield every attack with each of its norms; a preset, whose parts are checked too, is slow but in one."""
     for name in SHORT:
         preset = not isinstance(attacks.ATTACKS[name], type)
         for k, norm in enumerate(attacks.ATTACKS.traits(name)["norm"]):
             yield pytest.param(name, norm, marks=pytest.mark.slow if preset and k else ())
 
 
-@pytest.mark.parametrize(("name", "norm"), each_norm())
+@pytest.mark.parametrize(("name", "norm"), [*each_norm()])
 def test_every_attack_keeps_the_contract(name: str, norm: str) -> None:
     check_attack(attacks.get(name, **SHORT[name]), norms=(norm,))
 
