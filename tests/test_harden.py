@@ -439,6 +439,11 @@ def test_schedules_start_and_end_where_they_should() -> None:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
+def run(words: str, folder: Path) -> "subprocess.CompletedProcess[bytes]":
+    command = [sys.executable, "-m", "assay", *words.split()]
+    return subprocess.run(command, check=False, cwd=folder, capture_output=True)
+
+
 def test_the_command_trains_judges_and_says_before_and_after(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_harden import blobs, small\n"
@@ -447,10 +452,7 @@ def test_the_command_trains_judges_and_says_before_and_after(tmp_path: Path) -> 
     )
     words = "harden py:mine:net py:mine:data --threat linf:0.1 --epochs 2 --set batch_size=32 --set steps=2"
     words += " --out net.safetensors --test py:mine:test --effort quick --json"
-    first, again = (
-        subprocess.run([sys.executable, "-m", "assay", *words.split()], check=False, cwd=tmp_path, capture_output=True)
-        for _ in range(2)
-    )
+    first, again = (run(words, tmp_path) for _ in range(2))
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
     found, same = json.loads(first.stdout), json.loads(again.stdout)
     assert found["before"]["n"] == found["after"]["n"] == 60
@@ -467,7 +469,5 @@ def test_images_are_scaled_wherever_they_come_from(tmp_path: Path) -> None:
     )
     words = "harden py:mine:net py:mine:data --valid py:mine:data --extra py:mine:data --size 4 --threat linf:0.1"
     words += " --epochs 1 --set batch_size=16 --method plain --out net.safetensors --effort none --quiet"
-    done = subprocess.run(
-        [sys.executable, "-m", "assay", *words.split()], check=False, cwd=tmp_path, capture_output=True
-    )
+    done = run(words, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from assay.cli import options as o
 from assay.cli import workers as w
 from assay.core.errors import DataError, RunError
 from assay.core.executor import Executor, device_of, serial
+from assay.core.files import replacing
 from assay.core.registry import UsageError, closest
 
 if TYPE_CHECKING:
@@ -183,13 +184,10 @@ def _keep(folder: Path | None, result: dict[str, Any], found: "_Found", mark: st
     said = [b | {"prediction": found.work.ask(b["x"])} for b in found.blocks]
     blocks = sorted(said, key=lambda b: int(b["index"][0]))
     columns = {k: torch.cat([b[k] for b in blocks]).numpy() for k in (blocks or [{}])[0]}
-    part = folder / ".adversarials.part.npz"
-    np.savez(part, **columns)  # type: ignore[arg-type]
-    part.replace(folder / "adversarials.npz")
-    text = json.dumps(result | _told(result, found, mark, classes), indent=1)
-    part = folder / ".attack.json.part"
-    part.write_text(text + "\n")
-    part.replace(folder / "attack.json")
+    with replacing(folder / "adversarials.npz") as f:
+        np.savez(f, **columns)  # type: ignore[arg-type]
+    with replacing(folder / "attack.json") as f:
+        f.write((json.dumps(result | _told(result, found, mark, classes), indent=1) + "\n").encode())
 
 
 def _told(result: dict[str, Any], found: "_Found", mark: str, classes: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from assay.cli import options as o
 from assay.core.registry import UsageError
 
 if TYPE_CHECKING:
-    from assay.data import Data
     from assay.evaluation import Evaluation
     from assay.hardening import Hardened
 
@@ -111,6 +110,7 @@ def harden(
 
     from assay.hardening import harden as train
     from assay.hardening import recipe as recipes
+    from assay.hardening.source import split_off
 
     if recipe == "list":
         for name in recipes.names():
@@ -123,23 +123,24 @@ def harden(
     place = o.device_of(device)
     torch.manual_seed(seed)  # a network that is built anew draws its weights
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
-    own = method is None or kept is None or method == kept.method
-    how: dict[str, Any] = dict(kept.settings) if kept and own else {}
-    how |= o.parameters(settings or [])
-    samples, judged = _data(data, size, valid, test, limit, test_limit, trust_pickle=trust_pickle)
-    more = (None if v is None else o.data_of(v, size, limit=None, trust_pickle=trust_pickle) for v in (valid, extra))
-    valid_data, extra_data = more
+    own = kept.settings if kept and method in (None, kept.method) else {}
+    how: dict[str, Any] = {**own, **o.parameters(settings or [])}
+    samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
+    held_back, more, final = (
+        None if v is None else o.data_of(v, size, limit=None, trust_pickle=trust_pickle) for v in (valid, extra, test)
+    )
+    judged = (final or held_back or split_off(samples)[1]).head(test_limit)
     warnings.showwarning = _warn  # type: ignore[assignment]
     result = train(
         loaded,
         samples,
         wanted,
         method or (kept.method if kept else "pgd"),
-        valid_data,
+        held_back,
         epochs or (kept.epochs if kept else 10),
         out,
         not no_resume,
-        extra=extra_data,
+        extra=more,
         seed=seed,
         device=place,
         devices=devices,
@@ -164,25 +165,6 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Print a warning as a sentence, without the line of code that it comes from."""
     o.errors.print(f"[yellow]warning[/yellow] ({category.__name__})", end=" ")
     o.errors.print(str(message), markup=False, soft_wrap=True)
-
-
-def _data(
-    data: str,
-    size: str | None,
-    valid: str | None,
-    test: str | None,
-    limit: int | None,
-    test_limit: int,
-    *,
-    trust_pickle: bool,
-) -> tuple["Data", "Data"]:
-    """Return what to train on, and what the verdict is of."""
-    from assay.hardening.source import split_off
-
-    samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
-    if test or valid:
-        return samples, o.data_of(str(test or valid), size, limit=test_limit, trust_pickle=trust_pickle)
-    return samples, split_off(samples)[1].head(test_limit)
 
 
 def _say(result: "Hardened", runs: list["Evaluation"], out: Path, *, as_json: bool, quiet: bool) -> None:

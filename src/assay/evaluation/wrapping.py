@@ -191,12 +191,12 @@ def check_wrapping(model: Model, ask: Ask, x: Inputs, y: Labels) -> Iterator[Fin
 
 
 def _inputs(model: Model, ask: Ask, x: Inputs, y: Labels, right: Mask) -> Iterator[tuple[Mistake, Tensor]]:
-    some = slice(None, None, _FIRST if len(x) >= _FEW else None)
+    some = slice(None, None, _FIRST)
     for mistake, undo in _MISTAKES:
         if (other := undo(model, x)) is None:
             continue
         try:
-            helps = (ask(other[some]).argmax(1) == y[some]).sum() > right[some].sum()
+            helps = len(x) < _FEW or bool((ask(other[some]).argmax(1) == y[some]).sum() > right[some].sum())
             z = ask(other) if helps else None
         except Exception:  # the user's network need not bear any input
             continue

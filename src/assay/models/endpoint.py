@@ -133,7 +133,7 @@ class Answers:
             self._file.execute("INSERT OR IGNORE INTO turns VALUES (0, 0)")  # from here on no other process may write
             after = self._file.execute("SELECT next FROM turns").fetchone()[0]
             # A clock that was set back must not stop everything.
-            turn = max(time.time(), min(after, time.time() + _LATEST))
+            turn = max(time.time(), min(after, time.time() + max(_LATEST, apart)))
             self._file.execute("UPDATE turns SET next = ?", (turn + apart,))
         return float(turn)
 

@@ -1,6 +1,5 @@
 """How sparsely the layers of a network answer, as samples are and under attack."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from assay.attacks import Runnable, describe_attack, get
-from assay.core.errors import RunError, ThreatError
-from assay.core.files import replacing
+from assay.core.errors import ThreatError
 from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Rows
 from assay.data import Data, load_data
@@ -27,6 +25,7 @@ from assay.models.door import default_batch
 from assay.models.loaders import load_model
 from assay.reports.sparseness import write_sparseness
 from assay.study.hidden import hide
+from assay.study.kept import keep
 from assay.study.layers import Layer, find_layers, responses
 from assay.study.measures import Hits, Relation, Shift, Values, histogram, mode, separation
 from assay.study.moments import Moments, by_class
@@ -196,14 +195,7 @@ class Sparseness:
         sides = [(f"{s.layer.name}/{name}", side) for s in self.layers for name, side in s.sides.items()]
         arrays = {f"{at}/{kind}": getattr(side, kind) for at, side in sides for kind in kinds}
         arrays |= {"labels": self.labels} | {f"right/{name}": hits for name, hits in self.right.items()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "sparseness.json") as f:
-                f.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
-            with replacing(folder / "sparseness.npz") as f:
-                np.savez_compressed(f, **arrays)
-        except OSError as e:
-            raise RunError(f"a folder to write to at {folder}", str(e), "Choose another --out.") from e
+        keep(folder, "sparseness", self.to_json(), arrays)
         self.report(folder / "sparseness.html")
         return folder
 

@@ -1,6 +1,5 @@
 """What was found: a record for each sample, their quantiles, and the files that they are written to."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -8,10 +7,9 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.core.errors import RunError
-from assay.core.files import replacing
 from assay.reports.attribution import write_attribution
 from assay.study.attribution.compare import Compared, plain_of
+from assay.study.kept import keep
 from assay.study.measures import Values
 
 _LEVELS: Final = (0.1, 0.5, 0.9)
@@ -129,14 +127,7 @@ class Attribution:
         """
         folder = Path(folder)
         kept: dict[str, Any] = {f"{s.index}/{name}": v for s in self.samples for name, v in _arrays(s).items()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "attribution.json") as f:
-                f.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
-            with replacing(folder / "attribution.npz") as f:
-                np.savez_compressed(f, **kept)
-        except OSError as e:
-            raise RunError(f"a folder to write to at {folder}", str(e), "Choose another --out.") from e
+        keep(folder, "attribution", self.to_json(), kept)
         self.report(folder / "attribution.html", command)
         return folder
 
