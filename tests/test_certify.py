@@ -234,7 +234,7 @@ def test_a_search_goes_on_from_where_lines_end_and_in_its_time(crooked):
     end = time.monotonic()
     assert (complete >= crown).all()
     assert (complete > crown).any()
-    assert end - between < 2 * (between - begin) + 2 * seconds * len(crown)  # and not seven times
+    assert end - between < 2 * (between - begin) + 4 * seconds * len(crown)  # and not seven times
 
 
 # brackets

@@ -648,7 +648,7 @@ def test_whenever_time_is_up_no_open_claim_has_a_positive_bound(seconds: float, 
             size = min(task.radius(), 0.5) * share
             start = time.monotonic()
             bound = task.bounded("complete", size, seconds=seconds)
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 30
             assert (bound <= task.margins(size) + 1e-5).all()
 
 

@@ -104,7 +104,7 @@ def test_what_is_too_close_to_call_stays_unknown(hat, tmp_path):
     start = time.monotonic()
     verdict = verify_file(net, ask(tmp_path, n, "(assert (>= Y_0 0.50000006))"), 1)
     assert verdict.answer == "unknown"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_outputs_of_a_softmax_are_never_taken_for_logits(tmp_path):
@@ -143,7 +143,7 @@ def test_the_answer_is_one_word(hat, tmp_path, least, answer):
     assert certify(net, "--vnnlib", file, "--timeout", 1).strip() == answer
     found = json.loads(certify(net, "--vnnlib", file, "--timeout", 1, "--json"))
     assert (found["answer"], found["reason"]) == (answer, "")
-    assert 0 < found["seconds"] < 5
+    assert 0 < found["seconds"] < 30
 
 
 def test_a_counterexample_is_written(hat, tmp_path):

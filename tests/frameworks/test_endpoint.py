@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_a_busy_server_is_asked_again(digits, tmp_path):
     try:
         begun = time.monotonic()
         assert assay.load_model(f"{busy.url}/#cache={tmp_path}/a")(digits.batch([0])).shape == (1, 10)
-        assert time.monotonic() - begun >= 0.5 + 1.0
+        assert time.monotonic() - begun >= 0.5 + 1.0 - 0.01
         assert sum(busy.asked().values()) == 1
         lines = [json.loads(line) for line in (tmp_path / "a" / "queries.jsonl").read_text().splitlines()]
         assert [line["status"] for line in lines] == [503, 503, 200]
@@ -198,17 +199,16 @@ def test_the_rate_is_kept(server, digits, tmp_path):
     model = assay.load_model(f"{server.url}/#cache={tmp_path}&rows=1&rate=20")
     begun = time.monotonic()
     model(digits.batch(range(5)) * 0.8)
-    assert time.monotonic() - begun >= 4 / 20
+    assert time.monotonic() - begun >= 4 / 20 - 0.01
 
 
-def test_the_rate_holds_for_processes_together(server, tmp_path):
-    ask = "import sys, torch, assay; assay.load_model(sys.argv[1])(torch.rand(3, 1, 28, 28) * float(sys.argv[2]))"
-    url = f"{server.url}/#cache={tmp_path}&rows=1&rate=5"
-    both = [subprocess.Popen([sys.executable, "-c", ask, url, share]) for share in ("0.5", "0.6")]
-    assert [p.wait() for p in both] == [0, 0]
-    times = sorted(json.loads(line)["time"] for line in (tmp_path / "queries.jsonl").read_text().splitlines())
-    assert len(times) == 6
-    assert times[-1] - times[0] >= 5 / 5 - 0.01
+def test_the_rate_holds_for_processes_together(tmp_path):
+    take = "import sys, pathlib; from assay.models.endpoint import Answers; a = Answers(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{take}; print([a.turn(0.2) for _ in range(3)])", str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    turns = sorted(turn for p in both for turn in json.loads(p.communicate()[0]))
+    assert len(turns) == 6
+    assert all(later - earlier >= 0.2 - 1e-6 for earlier, later in pairwise(turns))
 
 
 def test_what_is_asked_before_an_attack_by_scores_is_little_and_told(server, tmp_path):

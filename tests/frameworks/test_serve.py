@@ -149,7 +149,7 @@ def address(runs):
         yield re.match(r"http://127\.0\.0\.1:\d+/\?token=\S+", told)[0]
     finally:
         server.send_signal(signal.SIGINT)
-        errors = server.communicate(timeout=20)[1]
+        errors = server.communicate(timeout=60)[1]
     assert server.returncode == 0, errors
     assert "Traceback" not in errors, errors
 
@@ -575,6 +575,7 @@ def browser():
     if not Path(program).exists():
         pytest.skip("no Chromium on this machine")
     sync = pytest.importorskip("playwright.sync_api")
+    sync.expect.set_options(timeout=60_000)
     with sync.sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=program, args=FLAGS)
         yield chromium
@@ -586,7 +587,7 @@ def page(browser, address):
     """A page that came in by the token; whatever goes wrong in it, or leaves this machine, fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     wrong = []
     origin = re.match(r"http://[^/]+/", address)[0]
     page.on("dialog", lambda d: (wrong.append(f"a script ran: {d.message}"), d.dismiss()))
