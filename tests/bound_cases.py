@@ -90,6 +90,7 @@ def transposed(x: Tensor, *shape: int, **how: Any) -> Tensor:
     return of[len(shape)](x, normal(*shape), **how)
 
 
+PLAINLY = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
 MASK = torch.tensor([True, False, True, False, False])
 PAIR = torch.tensor([[3, 0], [1, 1]])
 
@@ -196,6 +197,9 @@ SUMS = [
     Case("upsample_linear1d", lambda x: F.interpolate(x, size=7, mode="linear"), LINE),
     Case("upsample_bilinear2d", lambda x: F.interpolate(x, size=(7, 9), mode="bilinear", align_corners=True), MAPS),
     Case("upsample_bilinear2d half", lambda x: F.interpolate(x, scale_factor=0.6, mode="bilinear"), MAPS),
+    Case("upsample_bicubic2d", lambda x: F.interpolate(x, size=(7, 9), mode="bicubic"), MAPS),
+    Case("upsample_bicubic2d less", lambda x: F.interpolate(x, scale_factor=0.7, mode="bicubic"), MAPS),
+    Case("upsample_bicubic2d corners", lambda x: F.interpolate(x, (6, 3), mode="bicubic", align_corners=True), MAPS),
     Case("upsample_trilinear3d", lambda x: F.interpolate(x, scale_factor=1.5, mode="trilinear"), SOLID),
 ]
 
@@ -205,6 +209,7 @@ LAYERS = [
     Case("conv2d", lambda x: conv(x, 3, 2, 3, 2, padding=(1, 0), dilation=(2, 1)), MAPS),
     Case("conv2d groups", lambda x: conv(conv(x, 4, 1, 3, 3, padding=1, groups=2), 4, 2, 2, 2, groups=2), MAPS),
     Case("conv2d same", lambda x: F.conv2d(x, normal(2, 2, 3, 3), padding="same"), MAPS),
+    Case("_convolution", lambda x: aten._convolution(x, normal(2, 2, 3, 3), None, *PLAINLY, *[False] * 4), MAPS),
     Case("conv2d circular", CIRCULAR, MAPS),
     Case("conv3d", lambda x: conv(x, 2, 1, 2, 2, 2), SOLID),
     Case("convolution", lambda x: aten.convolution(x, normal(2, 2, 3, 3), None, [1], [1], [1], False, [0], 1), MAPS),
@@ -257,6 +262,9 @@ ENTRYWISE = [
     Case("max_pool1d", lambda x: F.max_pool1d(x, 3, 2, 1), LINE),
     Case("max_pool2d", lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True) + F.max_pool2d(x, 2, 2, (1, 1)), MAPS),
     Case("max_pool2d dilated", lambda x: F.max_pool2d(x, 2, (1, 2), dilation=(3, 1)), MAPS),
+    Case("adaptive_max_pool1d", lambda x: F.adaptive_max_pool1d(x, 4), LINE),
+    Case("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, (3, None)), MAPS),
+    Case("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, (2, 3, 2)), SOLID),
     Case("max_pool3d", lambda x: F.max_pool3d(x, 2, 1), SOLID),
     *(
         Case(f"max_pool{d}d_with_indices", lambda x, d=d: getattr(aten, f"max_pool{d}d_with_indices")(x, [2] * d)[0], s)

@@ -11,7 +11,7 @@ from assay.certification.graph import record
 from assay.certification.operators import LOWERINGS, name_of
 from assay.core.errors import ModelError
 from assay.models import Model
-from bound_cases import CASES, Case, Net, ball, check_sound, normal, recorded
+from bound_cases import CASES, MAPS, Case, Net, ball, check_sound, draw, normal, recorded
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -68,7 +68,6 @@ REFUSED = {
     "float16": lambda x: x.half().float(),
     "linear": lambda x: F.linear(x, x),
     "pow": lambda x: 2**x,
-    "upsample_bicubic2d": lambda x: F.interpolate(x.view(1, 1, 2, 2), scale_factor=2, mode="bicubic").flatten(1),
     "avg_pool2d": lambda x: F.avg_pool2d(x.view(1, 1, 2, 2), 1, divisor_override=-1).flatten(1),
     "max_pool2d": lambda x: F.max_pool2d(x.view(1, 2, 2), 1).flatten(1),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 2)] * 3, is_causal=True)[
@@ -111,6 +110,57 @@ def test_random_networks_are_refused(f: Callable[[Tensor], Tensor]) -> None:
 def test_branches_on_values_are_refused() -> None:
     with pytest.raises(ModelError, match="not-exportable"):
         recorded(module(lambda x: x if x.sum() > 0 else -x), (4,))
+
+
+class Half(nn.Module):
+    """A part of a network that TorchScript may compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = draw(nn.Conv2d(2, 2, 3, 2, 1), 1), draw(nn.BatchNorm2d(2), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def classifier(half: nn.Module) -> nn.Module:
+    return nn.Sequential(half, nn.Flatten(), draw(nn.Linear(12, 3), 3)).eval()
+
+
+COMPILED = {
+    "a part, scripted": lambda: classifier(torch.jit.script(Half().eval())),
+    "scripted": lambda: torch.jit.script(classifier(Half())),
+    "traced": lambda: torch.jit.trace(classifier(Half()), torch.rand(1, *MAPS)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", COMPILED)
+def test_what_torchscript_compiled_is_read_like_what_it_was_made_of(kind: str) -> None:
+    """``torch.export`` cannot record scripted parts: ``torch.fx`` traces the rest first."""
+    plain, compiled = (recorded(net, MAPS) for net in (classifier(Half()), COMPILED[kind]()))
+    assert [s.shape for s in plain.graph().steps] == [s.shape for s in compiled.graph().steps]
+    x = torch.rand(3, *MAPS, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(plain.graph().logits(x), compiled.graph().logits(x), rtol=1e-9, atol=1e-9)
+    check_sound(compiled, ball(MAPS, "linf"))
+
+
+class Sly(nn.Module):
+    """While it is traced it looks like another network; what cannot be recorded comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return 2 * x if isinstance(x, Tensor) else x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_network_that_tracing_changes_is_refused() -> None:
+    with pytest.raises(ModelError, match="not-exportable"):
+        recorded(Sly().eval(), (4,))
 
 
 class Counts(nn.Module):

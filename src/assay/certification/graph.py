@@ -4,14 +4,14 @@ A step works on the tensors of one sample, whose leading axis has length 1 as tr
 ``torch.func.vmap``. So a batch size that is written into the network does no harm.
 """
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from assay.certification.exported import exported_program
 from assay.certification.rules import Affine, Rule
 from assay.core.errors import ModelError
 from assay.models import Model
@@ -136,17 +136,6 @@ class Program:
         return self._graphs[key]
 
 
-class _Asked(nn.Module):
-    """What is recorded: the model with its normalisation, on one sample."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model, self.net = replace(model, probabilities=False), model.net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
 def record(model: Model, shape: Shape) -> Program:
     """Record what a model computes on one sample of ``shape``.
 
@@ -159,33 +148,13 @@ def record(model: Model, shape: Shape) -> Program:
             "one that is random or rejects",
             "Use randomized smoothing (assay.Smoothed) for random models.",
         )
-    first = None if model.module is None else next(model.module.parameters(), None)
-    example = torch.zeros(1, *shape, device=None if first is None else first.device)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(_Asked(model).eval(), (example,))
-            if any(_mutates(n) for n in exported.graph.nodes):
-                exported = exported.run_decompositions({})
-            signature = exported.graph_signature
-    except Exception as e:  # torch.export raises errors of many kinds
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(
-            "a network whose steps torch.export can record",
-            f"{type(e).__name__}: {reason}",
-            "Proofs need a network without branches on its values; write it with tensor operations only.",
-            code="not-exportable",
-        ) from e
+    exported = exported_program(model, shape)
+    signature = exported.graph_signature
     if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
         raise ModelError("a network that changes nothing", f"it writes to {', '.join(changed)}", "Keep no state.")
     program = Program(exported, shape)
     program.graph(torch.float64)  # refuses what has no rule, at once
     return program
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _read(exported: Any, shape: Shape, dtype: torch.dtype, device: torch.device) -> Graph:

@@ -9,7 +9,7 @@ are not at their default; a keyword that it does not know is refused before (``K
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -205,6 +205,26 @@ def _interpolation(build: Builder, target: Any, args: Args) -> Var:
     )
 
 
+def _bicubic(build: Builder, target: Any, args: Args) -> Var:
+    """Weights of both signs: one matrix for each axis, which the operator tells of unit vectors; as rough as above."""
+    _spatial(target, args[0])
+    call, (*_, high, wide) = calls(build, target, args), args[0].shape
+    shape = tuple(call(zeros(build, args[0])).shape)
+    scales = args[3:] if len(args) > 4 else args[3] or (None, None)
+    of = partial(torch.ops.aten.upsample_bicubic2d.default, align_corners=args[2])
+    units = [torch.eye(n, dtype=build.dtype, device=build.device) for n in (high, wide)]
+    rows = of(units[0].view(high, 1, high, 1), [shape[2], 1], scales_h=scales[0]).view(high, -1).abs()
+    columns = of(units[1].view(wide, 1, 1, wide), [1, shape[3]], scales_w=scales[1]).view(wide, -1).abs()
+    size = max(*shape[2:], high, wide)
+    rough = 8 * (size + 2) * torch.finfo(torch.float32).eps
+
+    def absolute(x: Tensor) -> Tensor:
+        found: Tensor = rows.T @ x @ columns + rough * x.amax((2, 3), keepdim=True)
+        return found
+
+    return build.affine(name_of(target), call, args[0], signs="weighted", absolute=absolute, terms=40)
+
+
 def _weighted(build: Builder, target: Any, args: Args, **keywords: Any) -> Any:
     """Linear and convolutional layers, products with a constant matrix."""
     name, found = name_of(target), variables([args])
@@ -221,15 +241,19 @@ def _weighted(build: Builder, target: Any, args: Args, **keywords: Any) -> Any:
     terms = int(count(zeros(build, var) + 1).max())
     absolute = calls(build, target, args, torch.abs, **sizes)
     call = calls(build, target, args, **keywords)
-    conv = _conv(build, args) if name == "conv2d" and var.shape[0] == 1 else None
+    conv = _conv(build, name, args) if len(var.shape) == 4 and var.shape[0] == 1 else None
     return build.affine(name, call, var, signs="weighted", absolute=absolute, terms=terms + 4, conv=conv)
 
 
-def _conv(build: Builder, args: Args) -> Conv | None:
-    stride, padding, dilation, groups = args[3:7]
+def _conv(build: Builder, name: str, args: Args) -> Conv | None:
+    """Return the weights of a two-dimensional convolution that is not transposed."""
+    if name not in ("conv2d", "convolution", "_convolution") or (name != "conv2d" and args[6]):
+        return None
+    stride, padding, dilation = args[3:6]
     if isinstance(padding, str):
         return None
     weight = args[1].to(build.device, build.dtype)
+    groups = args[6 if name == "conv2d" else 8]
     return Conv(weight, many(stride, 2, 1), many(padding, 2, 0), many(dilation, 2, 1), groups)
 
 
@@ -366,29 +390,45 @@ def _max_pool(build: Builder, target: Any, args: Args) -> Any:
     padding, dilation = many(args[3], spatial, 0), many(args[4], spatial, 1)
     pool = getattr(functional, f"max_pool{spatial}d")
     shape = tuple(pool(torch.zeros(x.shape), kernel, stride, padding, dilation, bool(args[5])).shape)
-    windows = partial(_windows, kernel=kernel, stride=stride, padding=padding, dilation=dilation, out=shape[2:])
-    step = build.apply("max_pool", MaxPool(windows, shape), x)
-    return (step, Absent("the places of the largest")) if "with_indices" in name_of(target) else step
+    places = [
+        torch.arange(count)[:, None] * s - p + torch.arange(k) * d
+        for count, k, s, p, d in zip(shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    step = _largest(build, x, places, shape)
+    return (step, _PLACES) if "with_indices" in name_of(target) else step
 
 
-def _windows(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    out: tuple[int, ...],
-) -> Tensor:
-    """Return the windows (w, k) of one sample (1, c, *spatial); what lies outside is -inf."""
-    for axis, (k, s, p, d, o) in enumerate(zip(kernel, stride, padding, dilation, out, strict=True), start=2):
-        after = max(0, (o - 1) * s + d * (k - 1) + 1 - p - x.shape[axis])
-        pad = [0, 0] * (x.ndim - axis - 1) + [p, after]
-        x = functional.pad(x, pad, value=-math.inf)
-        x = x.movedim(axis, -1)
-        starts = torch.arange(o, device=x.device)[:, None] * s + torch.arange(k, device=x.device) * d
-        x = x[..., starts.flatten()].reshape(*x.shape[:-1], o, k).movedim(-2, axis)  # the window's axis stays last
+def _adaptive_max_pool(build: Builder, target: Any, args: Args) -> Any:
+    """Window k of n along an axis of i entries: from floor(k i / n) to ceil((k + 1) i / n), so of unequal lengths."""
+    _spatial(target, args[0])
+    x, sizes = args[0], many(args[1], len(args[0].shape) - 2, 1)
+    places = []
+    for i, n in zip(x.shape[2:], sizes, strict=True):
+        first, end = torch.arange(n) * i // n, -(-torch.arange(1, n + 1) * i // n)
+        each = first[:, None] + torch.arange(int((end - first).max()))
+        places.append(torch.where(each < end[:, None], each, i))
+    return _largest(build, x, places, (*x.shape[:2], *sizes)), _PLACES
+
+
+_PLACES = Absent("the places of the largest")
+
+
+def _largest(build: Builder, x: Var, places: Sequence[Tensor], shape: Shape) -> Var:
+    return build.apply("max_pool", MaxPool(partial(_windows, places=[t.to(build.device) for t in places]), shape), x)
+
+
+def _windows(x: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Return the windows (w, k) of one sample (1, c, *spatial).
+
+    ``places`` (n, k) has the entries of each window along each axis; what lies outside is -inf.
+    """
+    for axis, place in enumerate(places, start=2):
+        outside = (place < 0) | (place >= x.shape[axis])
+        x = x.movedim(axis, -1)[..., torch.where(outside, 0, place)].masked_fill(outside, -math.inf)
+        x = x.movedim(-2, axis)  # the window's axis stays last
     # Axes now: (1, c, *out, k_first, ..., k_last) with each window axis appended in turn.
-    return x.flatten(x.ndim - len(kernel)).reshape(-1, math.prod(kernel))
+    size = math.prod(place.shape[1] for place in places)
+    return x.flatten(x.ndim - len(places)).reshape(-1, size)
 
 
 # ------------------------------------------------------------------------------------------------------- others
@@ -427,8 +467,8 @@ _SUMS = (
     "_adaptive_avg_pool2d _adaptive_avg_pool3d cumsum col2im"
 )
 _LAYERS = (
-    "linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm mv addmm "
-    "baddbmm einsum"
+    "linear conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d matmul mm "
+    "bmm mv addmm baddbmm einsum"
 )
 
 LOWERINGS: dict[str, Lowering] = {
@@ -438,6 +478,7 @@ LOWERINGS: dict[str, Lowering] = {
     **dict.fromkeys(IDENTITIES, _identity),
     **dict.fromkeys(_SUMS.split(), _positive),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d"), _interpolation),
+    "upsample_bicubic2d": _bicubic,
     **dict.fromkeys(_LAYERS.split(), _weighted),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind", "tensor_split"), _parts),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill"), _alike),
@@ -450,6 +491,7 @@ LOWERINGS: dict[str, Lowering] = {
     **dict.fromkeys(("clamp", "clip", "hardtanh", "relu6", "clamp_min", "clamp_max"), _clamp),
     **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), _maximum),
     **{f"max_pool{d}d{tail}": _max_pool for d in (1, 2, 3) for tail in ("", "_with_indices")},
+    **{f"adaptive_max_pool{d}d": _adaptive_max_pool for d in (1, 2, 3)},
     **dict.fromkeys(
         ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), _dropout
     ),
