@@ -90,3 +90,8 @@ def test_a_black_box_is_told_from_one_that_holds_something_else(weight, other):
 
     assert mark(weight) == mark(weight)
     assert mark(weight) != mark(other)
+
+
+def test_a_callable_is_told_from_one_whose_list_holds_something_else():
+    one, same, other = (fingerprint(Model(held([t]))) for t in (torch.ones(2), torch.ones(2), torch.zeros(2)))
+    assert one == same != other

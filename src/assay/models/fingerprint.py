@@ -50,6 +50,8 @@ def _parts(value: Any) -> Iterator[bytes | Inner]:
         yield from _module(value)
     elif isinstance(value, Tensor | np.ndarray):
         yield from _array(value)
+    elif isinstance(value, list | tuple):
+        yield from map(Inner, value)
     elif isinstance(value, functools.partial):
         yield _written(sorted(value.keywords))
         yield from map(Inner, (value.func, *value.args, *value.keywords.values()))
