@@ -47,6 +47,9 @@ Natural = Annotated[
     str | None,
     typer.Option(metavar="common|all|noise|blur|weather|digital|NAME[,...]", help="Corrupt the images as well."),
 ]
+Precision = Annotated[
+    str, typer.Option(metavar="float32|bf16", help="To search with; what counts is checked as the model is.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Attack nothing; say what it will cost on this machine.")]
 
 
@@ -75,6 +78,7 @@ def evaluate(
     out: o.Out = None,
     seed: o.Seed = 0,
     device: o.Device = None,
+    precision: Precision = "float32",
     batch_size: o.BatchSize = None,
     executor: w.ExecutorOpt = None,
     workers: w.WorkersOpt = None,
@@ -108,7 +112,7 @@ def evaluate(
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     place = o.device_of(device)
     shared = w.executor_of(executor, workers, gpus_per_worker, address, place)
-    loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
+    loaded = replace(o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle), precision=precision)
     samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     if dry_run:
         from assay.certification import Proof
@@ -119,7 +123,7 @@ def evaluate(
         show_cost(cost.within(max_passes, max_seconds), as_json=as_json)
         return
     name = [model, data, threat, effort, seed, limit, arch, box, mean, std, quantize, *([given] if given else [])]
-    name += [v for v in (prove, size) if v]
+    name += [v for v in (prove, size, *([] if precision == "float32" else [precision])) if v]
     result = run_evaluation(
         loaded,
         samples,

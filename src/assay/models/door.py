@@ -54,14 +54,21 @@ class Passes:
     backwards: int = 0
 
 
-_METERS: ContextVar[tuple[Passes, ...]] = ContextVar("meters", default=())
+_METERS: ContextVar[tuple[Callable[[int, int], None], ...]] = ContextVar("meters", default=())
 
 
 @contextmanager
-def metered() -> Iterator[Passes]:
-    """Count what goes through all doors meanwhile, whoever opens them."""
+def metered(listen: Callable[[int], None] | None = None) -> Iterator[Passes]:
+    """Count what goes through all doors meanwhile, whoever opens them; tell ``listen`` the passes of each question."""
     passes = Passes()
-    token = _METERS.set((*_METERS.get(), passes))
+
+    def count(forwards: int, backwards: int) -> None:
+        passes.forwards += forwards
+        passes.backwards += backwards
+        if listen:
+            listen(forwards + backwards)
+
+    token = _METERS.set((*_METERS.get(), count))
     try:
         yield passes
     finally:
@@ -194,7 +201,7 @@ class Door:
         z = self._ask(self.live.search, x, p.rows, self.live.model.samples)
         self._check_labels(p.goal, z)
         z = self.live.model.joint(z, p.goal)
-        return Score(p.goal.clearly_reached(z), loss(z, p.goal).to(x.dtype), z)
+        return Score(p.goal.clearly_reached(z, self.live.model.rounding), loss(z, p.goal).to(x.dtype), z)
 
     def _ask(self, net: Net, x: Inputs, rows: Rows, samples: int) -> Logits:
         def ask(x: Inputs, rows: Rows) -> list[tuple[Tensor, ...]]:
@@ -242,7 +249,7 @@ class Door:
             z, values, slopes = _joined(self._split(x, ask))
         each = self.live.model.samples
         self._count(p.rows, each, each * values.shape[1])
-        return Slopes(p.goal.clearly_reached(z), z, values.to(x.dtype), slopes)
+        return Slopes(p.goal.clearly_reached(z, self.live.model.rounding), z, values.to(x.dtype), slopes)
 
     def _smoothed(
         self, x: Inputs, p: Problem, measure: Measure, smoothing: Smoothing, through: Through | None
@@ -268,7 +275,12 @@ class Door:
         total = values.new_zeros(*values.shape, *x.shape[1:])
         for i in range(smoothing.count):
             total += along(draws.fold(i).normal(x.shape[1:], x.dtype))
-        return Slopes(p.goal.clearly_reached(z), z, values.to(x.dtype), _narrowed(total / smoothing.count, x.dtype))
+        return Slopes(
+            p.goal.clearly_reached(z, self.live.model.rounding),
+            z,
+            values.to(x.dtype),
+            _narrowed(total / smoothing.count, x.dtype),
+        )
 
     def _differentiate(
         self, x: Inputs, at: slice, p: Problem, measure: Measure, through: Through | None
@@ -382,9 +394,8 @@ class Door:
         self.forwards.index_add_(0, rows, torch.full_like(rows, forwards))
         if backwards:
             self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
-        for passes in _METERS.get():
-            passes.forwards += len(rows) * forwards
-            passes.backwards += len(rows) * backwards
+        for count in _METERS.get():
+            count(len(rows) * forwards, len(rows) * backwards)
         if self._listen:
             self._listen(len(rows) * (forwards + backwards))
 

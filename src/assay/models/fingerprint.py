@@ -20,7 +20,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 def fingerprint(model: Model) -> str:
     """Return the SHA-256, in hex, of a model.
 
-    It covers box, mean, std, samples and probabilities, and of the net: for a module its structure, the code
+    It covers box, mean, std, samples, probabilities and precision, and of the net: for a module its structure, the code
     of ``forward`` in classes that are not torch's, and names, types, shapes and values of parameters and
     buffers; for another callable its qualified name, its code, and the modules, tensors, arrays and functions
     that it holds. What a callable may change while it is used, such as a counter, and globals are left out.
@@ -29,6 +29,8 @@ def fingerprint(model: Model) -> str:
     normalisation = [None if v is None else _numbers(v) for v in (model.mean, model.std)]
     settings = (model.domain.lo, model.domain.hi, normalisation, model.samples, model.probabilities, model.rejects)
     digest.update(repr(settings).encode())
+    if model.precision != "float32":
+        digest.update(model.precision.encode())
     for piece in pieces(model.net, _parts, _PLAIN, set()):
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)

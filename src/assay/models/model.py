@@ -1,7 +1,7 @@
 """A classifier with its box and its normalisation; in use it is frozen, afterwards it is as it was."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import final
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.core.errors import ModelError, ModelOutputError
+from assay.core.registry import one_of
 from assay.core.types import Inputs, Logits
 from assay.data import Data
 from assay.data.fit import Fit
@@ -17,7 +18,7 @@ from assay.models.loaded import Loaded, Net
 from assay.models.patches import Patch, find_patches, patched
 from assay.models.repairs import Float64, Repair, opened
 from assay.models.repairs.float64 import log_of
-from assay.threats.problem import Goal
+from assay.threats.problem import ROUNDING, Goal
 from assay.threats.threat import Box
 
 PAD = 8
@@ -73,6 +74,8 @@ class Model:
         rows: the most rows a call of the net may have; None for no limit.
         fixed_rows: the net takes batches of exactly ``rows`` rows; shorter ones are filled up.
         memory_format: ``auto``, or a ``torch.memory_format`` for four-dimensional inputs while searching.
+        precision: ``float32``, or ``bf16``: while searching, layers compute in bfloat16, which is faster on most GPUs.
+            Whatever counts is asked in the precision of the parameters.
         tuned: while searching, layers may be replaced by faster ones that give the same values (``patches.py``).
         repairs: while searching, these stand in for steps that mask the gradient (``repairs``).
         smoothing: while searching, gradients are means over points around the one in question.
@@ -83,6 +86,7 @@ class Model:
 
     Raises:
         ModelError: std not positive, only one of mean and std given, or fewer than one random pass.
+        UsageError: an unknown precision.
     """
 
     net: Net
@@ -97,6 +101,7 @@ class Model:
     rows: int | None = None
     fixed_rows: bool = False
     memory_format: torch.memory_format | str = "auto"
+    precision: str = "float32"
     tuned: bool = True
     repairs: tuple[Repair, ...] = ()
     smoothing: Smoothing | None = None
@@ -112,6 +117,7 @@ class Model:
             raise ModelError("a torch.nn.Module or a callable", type(self.net).__name__, "Pass the network itself.")
         if not isinstance(self.box, Box):
             object.__setattr__(self, "box", Box(*self.box))
+        one_of("precision", self.precision, tuple(_ROUNDING))
         if (self.mean is None) != (self.std is None):
             raise ModelError("mean and std together", f"mean={self.mean}, std={self.std}", "Give both or neither.")
         if self.std is not None and not (torch.as_tensor(self.std) > 0).all():
@@ -159,6 +165,11 @@ class Model:
         own = torch.maximum(z.gather(1, goal.label[:, None]), z[:, -1:])
         nothing = z.detach().amin(1, keepdim=True) - 1
         return torch.cat([z.scatter(1, goal.label[:, None], own)[:, :-1], nothing], 1)
+
+    @property
+    def rounding(self) -> float:
+        """The share of a logit that may be rounding in what a search is told."""
+        return _ROUNDING[self.precision]
 
     @property
     def wide(self) -> bool:
@@ -248,6 +259,9 @@ class Model:
 
 _LEAST_PROBABILITY = 1e-300
 
+_ROUNDING = {"float32": ROUNDING, "bf16": 0.02}
+"""The share of the larger of two logits that may be rounding, in each precision of a search."""
+
 
 def as_model(model: Model | Net) -> Model:
     """Return a model as it is, and a network as a model that takes inputs in [0, 1]."""
@@ -271,7 +285,7 @@ class Live:
     def search(self, x: Inputs) -> Logits:
         """Ask in less time and with repairs, for the same up to rounding: to look for something, not to prove it."""
         try:
-            with patched(self.patches):
+            with patched(self.patches), self._narrow():
                 return self.model._logits(x, self.layout, self.model.samples, self.model.repairs)
         except RuntimeError as e:
             if "view size is not compatible" not in str(e) or self.layout != torch.channels_last:
@@ -280,6 +294,11 @@ class Live:
         self.layout = torch.contiguous_format
         self.patches = find_patches(nn.Module() if self.model.module is None else self.model.module, self.layout)
         return self.search(x)
+
+    def _narrow(self) -> AbstractContextManager[object]:
+        if self.model.precision == "float32" or self.model.wide:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 class _Kept:

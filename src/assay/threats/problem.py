@@ -15,7 +15,7 @@ from assay.threats.threat import Box, Threat
 _INSIDE = 1 - 1e-6
 """Balls that are no box are used a millionth short, so that float32 rounding of x0 + d cannot leave them."""
 
-_ROUNDING = 2e-6
+ROUNDING = 2e-6
 """Share of the larger of two logits by which float32 networks may differ between batches, kernels and machines."""
 
 
@@ -43,14 +43,17 @@ class Goal:
         assert self.target is not None
         return guess == self.target
 
-    def clearly_reached(self, logits: Logits) -> Mask:
-        """Tell where the goal is met by more than rounding: in another batch, or on another machine, it still is."""
+    def clearly_reached(self, logits: Logits, rounding: float = ROUNDING) -> Mask:
+        """Tell where the goal is met by more than rounding: in another batch, or on another machine, it still is.
+
+        ``rounding`` is a share of the larger of two logits.
+        """
         own = self.label if self.label is not None else self.target
         assert own is not None
         mine = logits.gather(1, own[:, None])[:, 0]
         rival = logits.scatter(1, own[:, None], -torch.inf).amax(1)
         ahead = rival - mine if self.label is not None else mine - rival
-        return ahead > _ROUNDING * torch.maximum(mine.abs(), rival.abs())
+        return ahead > rounding * torch.maximum(mine.abs(), rival.abs())
 
     def take(self, rows: Rows | slice) -> "Goal":
         return Goal(*(None if v is None else v[rows] for v in (self.label, self.target, self.weights)))
