@@ -12,8 +12,10 @@ the network, for assay at its own door to the model (the wrapper would also coun
 The *area* is that under robust accuracy against eps, up to the size d_max at which the best attack of all leaves
 nothing; *optimality* sets it between the best of all, sample by sample (1), and an attack that finds nothing (0).
 Everything in the cache for the same network and samples counts as "all", up to the passes of the table; for *overall*
-everything on any budget does. *Ratio* is assay's median size over the smallest median of the same attack elsewhere.
-*Seconds* are of CPU time, on one thread.
+everything on any budget does. *Others* leaves out of "all" the rows of the same attack, ours and theirs: above 1, it
+is better than all other attacks together. A pair counts as its first attack; its second one, alone, is one of the
+others. *Ratio* is assay's median size over the smallest median of the same attack elsewhere. *Seconds* are of CPU
+time, on one thread.
 
 Each row is kept under --cache, so that an interrupted run goes on where it stopped; --redo repeats what it names.
 
@@ -223,6 +225,8 @@ def sized(name: str, budget: int) -> Any:
     closing = 2 * attack.closing if "closing" in knobs else 0
     # What is left is for the last queries and for verification.
     queries = (budget - 5 - closing) // COST.get(name, 2)
+    if "starts" in knobs:  # these queries of each walk need no gradient
+        queries = queries * 2 * attack.walk // (2 * attack.walk - attack.starts)
     if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds, each goes on from the last
         return replace(attack, rounds=max(1, queries // attack.steps))
     if "rounds" in knobs:
@@ -349,7 +353,8 @@ def kept(folder: Path, row: Row, redo: Sequence[str]) -> Found | None:
 
 # --- tables
 
-HEAD = ("attack", "library", "median", "ratio", "area", "optimality", "overall", "success", "passes", "seconds")
+SHARES = ("optimality", "overall", "others")
+HEAD = ("attack", "library", "median", "ratio", "area", *SHARES, "success", "passes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -362,6 +367,7 @@ class Line:
     area: float = math.nan
     optimality: float = math.nan  # against the best on at most this budget
     overall: float = math.nan  # against the best on any budget
+    others: float = math.nan  # against the best of other attacks, on at most this budget
     success: float = math.nan
 
     def cells(self) -> tuple[str, ...]:
@@ -369,7 +375,7 @@ class Line:
         name = f"{r.attack}, {r.variant}" if r.variant else r.attack
         if r.problem:
             return (name, r.library, r.problem, *[""] * (len(HEAD) - 3))
-        shares = (f"{self.optimality:.3f}", f"{self.overall:.3f}")
+        shares = (f"{self.optimality:.3f}", f"{self.overall:.3f}", _number(self.others, ".3f"))
         numbers = (f"{self.median:.4g}", _number(self.ratio, ".3f"), f"{self.area:.4g}", *shares)
         passes = f"{r.forwards + r.backwards:.0f} ({r.forwards:.0f} + {r.backwards:.0f})"
         return (name, r.library, *numbers, f"{self.success:.1%}", passes, f"{r.cpu:.1f}")
@@ -384,8 +390,12 @@ def _number(v: float, form: str) -> str:
     return "" if math.isnan(v) else format(v, form)
 
 
-def lines_of(found: Sequence[Found], best: Best, overall: Best) -> list[Line]:
-    """Return the figures of the rows of one norm and budget, attack by attack, assay first, then by area."""
+def lines_of(found: Sequence[Found], pool: Sequence[Found], overall: Best) -> list[Line]:
+    """Return the figures of the rows of one norm and budget, attack by attack, assay first, then by area.
+
+    They are measured against the ``pool``, the rows on at most this budget.
+    """
+    best, others = best_of([sizes for _, sizes in pool]), best_of_others(pool)
     medians = {row: _median(sizes) for row, sizes in found if not row.problem}
     lines = [
         Line(
@@ -395,6 +405,7 @@ def lines_of(found: Sequence[Found], best: Best, overall: Best) -> list[Line]:
             best.area(sizes),
             best.optimality(sizes),
             overall.optimality(sizes),
+            others[row.attack].optimality(sizes) if row.attack in others else math.nan,
             float(sizes[sizes > 0].isfinite().double().mean()),
         )
         if row in medians
@@ -402,6 +413,12 @@ def lines_of(found: Sequence[Found], best: Best, overall: Best) -> list[Line]:
         for row, sizes in found
     ]
     return sorted(lines, key=lambda line: (line.row.attack, line.row.library != "assay", line.area))
+
+
+def best_of_others(pool: Sequence[Found]) -> dict[str, Best]:
+    """Return for each attack the best of all rows of other attacks; none where there are no other ones."""
+    others = {row.attack: [sizes for other, sizes in pool if other.attack != row.attack] for row, _ in pool}
+    return {attack: best_of(sizes) for attack, sizes in others.items() if sizes}
 
 
 def _median(sizes: Tensor) -> float:
@@ -462,14 +479,14 @@ def report(case: Case, folder: Path, done: dict[tuple[str, int], list[Found]]) -
     for (norm, budget), found in done.items():
         if not found:
             continue
-        pool = [(row, sizes) for row, sizes in cached if row.norm == norm] or found
-        best = best_of([sizes for row, sizes in pool if row.budget <= budget])
-        overall = best_of([sizes for _, sizes in pool])
+        every = [(row, sizes) for row, sizes in cached if row.norm == norm] or found
+        pool = [(row, sizes) for row, sizes in every if row.budget <= budget]
+        best, overall = (best_of([sizes for _, sizes in rows]) for rows in (pool, every))
         title = (
             f"{case.name}, {norm}, {budget} passes: {int(case.right.sum())} samples of {len(case.x)}, "
             f"d_max {best.d_max:.4g}, best area {best.area(best.sizes):.4g}"
         )
-        yield title + (f", {best.unknown} never fooled" if best.unknown else ""), lines_of(found, best, overall)
+        yield title + (f", {best.unknown} never fooled" if best.unknown else ""), lines_of(found, pool, overall)
 
 
 def _arguments() -> argparse.Namespace:

@@ -389,9 +389,8 @@ def check_sound(program: Program, region: Region, seed: int = 0) -> None:
         for method in ("crown-ibp", "crown"):
             bounds = bounded(graph, region, arithmetic, method)
             found = [as_deployed.values(z) for z in inside]
-            rough = {step.inputs[0] for step in graph.steps if step.name == "rounding"}  # allowed for one step later
             for v, (low, high) in enumerate(bounds.pairs):
-                if v in rough and arithmetic is FLOAT32:
+                if v in rough(graph) and arithmetic is FLOAT32:
                     continue
                 values = torch.stack([f[v].double() for f in found])
                 name = f"{graph.steps[v].name} ({v}) by {method} in {arithmetic.name} arithmetic"
@@ -401,6 +400,11 @@ def check_sound(program: Program, region: Region, seed: int = 0) -> None:
                 assert (values <= high).all(), f"{name}: above by {float((values - high).max())}"
             logits = torch.stack([f[-1].double().view(n, -1) for f in found])
             check_margins(graph, bounds, logits)
+
+
+def rough(graph: Graph) -> set[int]:
+    """Return the steps whose rounding is allowed for one step later."""
+    return {step.inputs[0] for step in graph.steps if step.name == "rounding"}
 
 
 def rounded(z: Tensor, region: Region) -> Tensor:

@@ -121,7 +121,7 @@ def test_on_small_budgets_rounds_are_fewer_and_not_shorter(bench: ModuleType) ->
 
 
 @pytest.mark.parametrize("budget", [200, 1000])
-@pytest.mark.parametrize("name", [("cw", ""), ("fab", "targets"), ("fab", ""), ("bisect(apgd)", "")])
+@pytest.mark.parametrize("name", [("cw", ""), ("fab", "targets"), ("bisect(apgd)", ""), ("brendel-bethge", "")])
 def test_no_attack_of_ours_takes_more_passes_than_its_budget(
     bench: ModuleType, name: tuple[str, str], budget: int
 ) -> None:
@@ -141,3 +141,16 @@ def test_a_table_compares_with_what_is_as_cheap_and_with_everything(bench: Modul
     (first,), (second,) = tables.values()
     assert (first.optimality, first.overall) == (1, 0)
     assert (second.optimality, second.overall) == (1, 1)
+
+
+def test_others_leave_out_the_rows_of_the_same_attack(bench: ModuleType, tmp_path: Path) -> None:
+    mine = bench.Row("l2", 200, "assay", "inward"), sizes(0.0, 0.1, 0.4)
+    pair = bench.Row("l2", 200, "assay", "inward", "fmn"), sizes(0.0, 0.1, 0.2)
+    other = bench.Row("l2", 200, "adv-lib", "fmn"), sizes(0.0, 0.2, 0.4)
+    for found in (mine, pair, other):
+        bench.save(tmp_path, found)
+    case = bench.Case("none", nn.Identity(), torch.zeros(3, 1), torch.zeros(3), torch.tensor([False, True, True]))
+    ((_, lines),) = bench.report(case, tmp_path, {("l2", 200): [mine, pair, other]})
+    others = {line.row: line.others for line in lines}
+    assert others[other[0]] < 1, "both rows of inward are ahead of it"
+    assert others[pair[0]] > others[mine[0]] > 1, "their rival is fmn alone"

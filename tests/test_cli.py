@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import assay
+from assay.cli import main
 from assay.cli.app import app
 from assay.runs import Run
 
@@ -117,12 +118,91 @@ def test_help_teaches(tmp_path):
         (["attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--set", "stepz=3"], 2, "steps"),
         (["attack", "demo:mnist-plain", "demo:mnist", "--with", "pgd", "--set", "steps=many"], 2, "steps"),
         (["report", "nowhere"], 3, "manifest.json"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--eps-list", ","], 2, "--eps-list"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--prove-seconds", 9], 2, "--prove"),
+        (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--size", 0], 3, "a side of 0"),
+        (["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--sigma", 0.25], 2, "--method smoothing"),
+        (
+            ["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--n", 10_000, "--alpha", 0.1],
+            2,
+            "--alpha",
+        ),
+        (["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--seconds", 9], 2, "--method complete"),
+        (["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--timeout", 9], 2, "--vnnlib"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_the_right_code(args, code, says, tmp_path):
     done = run(*args, cwd=tmp_path, check=code)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--effort", "fast"], "--effort out of"),
+        (["--prove", "crwn"], "Did you mean 'crown'"),
+        (["--batch-size", 8, "--set", "batch_size=9"], "Leave one of them out"),
+    ],
+)
+def test_a_verdict_that_there_is_none_of_is_refused_before_any_training(wrong, says, tmp_path):
+    pytest.importorskip("lightning_fabric")
+    command = ("harden", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.1", "--epochs", 1, "--limit", 400)
+    assert says in run(*command, "--out", "net.safetensors", *wrong, cwd=tmp_path, check=2).stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_size_of_batches_is_an_option_of_harden(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    command = ("harden", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.1", "--epochs", 1, "--limit", 400)
+    how = ("--method", "plain", "--effort", "none", "--batch-size", 80, "--set", "valid_steps=1", "-q")
+    run(*command, *how, "--out", "net.safetensors", cwd=tmp_path, check=0)
+    manifest = json.loads((tmp_path / "net.training" / "manifest.json").read_text())
+    assert manifest["identity"]["settings"]["batch_size"] == 80
+
+
+@pytest.mark.parametrize(
+    ("sources", "trusted"),
+    [(("demo:mnist-plain", "own.npz"), "own.npz"), (("net.pth", "demo:mnist"), "net.pth")],
+    ids=["data", "model"],
+)
+def test_what_is_trusted_is_said_of_files_that_can_hold_a_pickle(sources, trusted, tmp_path):
+    digits = assay.load_data("demo:mnist", limit=4)
+    np.savez(tmp_path / "own.npz", x=digits.batch(range(4)).numpy(), y=digits.labels.numpy())
+    torch.save(assay.load_model("demo:mnist-plain").net, tmp_path / "net.pth")
+    how = ("--threat", "linf:0.1", "--effort", "quick", "--limit", 4, "--trust-pickle", "-q")
+    said = run("evaluate", *sources, *how, cwd=tmp_path, check=0).stderr
+    assert [line.split(":")[0] for line in said.splitlines() if "trusting" in line] == [f"trusting {trusted}"]
+
+
+def test_no_output_takes_the_place_of_what_a_run_is_read_from(finished, tmp_path):
+    _, folder = finished
+    (tmp_path / "link.html").symlink_to(folder / "manifest.json")
+    before = (folder / "manifest.json").read_bytes()
+    for command in (
+        ("report", folder, "--out", folder / "manifest.json"),
+        ("gate", folder, "--min-robust", 0, "--junit", folder / "manifest.json"),
+        ("gate", folder, "--min-robust", 0, "--markdown", tmp_path / "link.html"),
+    ):
+        assert "Choose another name" in run(*command, cwd=tmp_path, check=2).stderr
+    assert (folder / "manifest.json").read_bytes() == before
+    assert not run("report", folder, "--out", tmp_path / "manifest.json", "--quiet", cwd=tmp_path, check=0).stdout
+    assert "<html" in (tmp_path / "manifest.json").read_text(), "in a folder of one's own it is a name like others"
+
+
+def test_ctrl_c_while_commands_are_still_imported_ends_with_130(monkeypatch):
+    class Pressed:
+        """Presses Ctrl-C when the command line is looked for."""
+
+        def find_spec(self, name, *_):
+            if name == "assay.cli.app":
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.delitem(sys.modules, "assay.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
 
 
 def test_a_model_that_misbehaves_ends_with_code_4(tmp_path):

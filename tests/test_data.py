@@ -307,8 +307,10 @@ def test_a_thin_image_does_not_fill_the_memory(tmp_path):
 
 def test_fits_that_are_none():
     for wrong in ({"height": 0}, {"width": -1}, {"shorter": 10**9}, {"filter": "best"}, {"channels": 2}):
-        with pytest.raises(assay.DataError, match="sides from 1"):
+        with pytest.raises(assay.DataError, match="sides from 1") as e:
             Fit(**{"height": 8, "width": 8} | wrong)
+        assert str(next(iter(wrong.values()))) in e.value.found
+        assert "Fit(" not in e.value.found
 
 
 # Hostile files

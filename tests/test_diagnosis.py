@@ -7,6 +7,7 @@ import assay
 from assay.evaluation.diagnosis import BLACK_BOX, RACE_GAP, judge, probe
 from assay.evaluation.health import Bench
 from assay.evaluation.preflight import check_gradients, check_model
+from assay.evaluation.rescue import examine
 from assay.models import Model
 from assay.models.door import metered
 from assay.threats import Box, Threat
@@ -161,3 +162,43 @@ def test_a_search_by_scores_that_finds_what_gradients_left(broken, severity):
 
 def test_a_search_by_scores_in_between_says_nothing():
     assert judge([stage("scores", 500, 9), stage("margin", 491, 4)], 500) == ()
+
+
+def test_logits_with_an_offset_that_rounding_eats_are_named(digits, plain):
+    checked = check_model(Model(lambda x: plain(x) + 1e6), digits, threat("linf:0.1"), None)
+    assert codes(checked.findings) == ["coarse-logits"]
+    assert checked.findings[0].evidence["share"] > 0.05
+
+
+def test_where_attacks_get_stuck_repairs_are_judged_by_what_attacks_break(digits, plain):
+    """Scores that turn flat where an input looks attacked: sound at the clean inputs, and nowhere else."""
+
+    def net(x):
+        grey = torch.minimum(x, 1 - x).flatten(1).mean(1, keepdim=True)
+        return torch.where(grey > 0.055, 0.0, plain(x))
+
+    checked = check_model(Model(net), digits, threat("linf:0.1"), None)
+    assert (checked.findings, checked.model.repairs) == ((), ())
+    stuck = probe(checked.model, digits, threat("linf:0.1")).counts
+    examined = examine(checked, digits, threat("linf:0.1"))
+    assert codes(examined.findings) == ["flat-in-eps", "unbounded-attack-fails", "repaired-output"]
+    freed = probe(examined.model, digits, threat("linf:0.1")).counts
+    assert freed.ce + freed.margin >= stuck.ce + stuck.margin + 16
+
+
+def test_a_sound_network_has_no_need_of_a_second_chance(digits, robust):
+    checked = check_model(Model(robust), digits, threat("linf:0.3"), None)
+    assert examine(checked, digits, threat("linf:0.3")) == checked
+
+
+def test_a_network_that_jumps_keeps_its_promises_unevenly(digits, plain, robust):
+    """Values that depend on the last bits of the input: the median step may gain what was promised, few others do."""
+
+    def net(x):
+        return plain(x) + 5 * (1e6 * x.detach().sum((2, 3)) * torch.arange(10)).sin()
+
+    found = check_model(Model(net), digits, threat("linf:0.1"), None, repair=False).findings
+    assert found[0].code == "shattered-gradient"
+    bench = Bench(digits.batch(range(64)), digits.labels, threat("l2:2"), None)
+    health = [bench.health(Model(m)) for m in (net, robust)]
+    assert [h.even for h in health] == [False, True]

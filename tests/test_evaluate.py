@@ -192,6 +192,20 @@ def test_an_interruption_before_anything_is_stored_is_passed_on(digits, tmp_path
     assert run(digits, tmp_path / "run").complete
 
 
+def test_progress_is_told_from_the_checks_to_the_store(digits):
+    told = []
+    model, data = digits
+    result = assay.evaluate(model, data, "linf:0.35", "quick", progress=told.append)
+    checks = [s for s in told if s.stage == "checks"]
+    assert told[: len(checks)] == checks
+    asked = result.run.manifest["probe"]
+    assert checks[0].passes == 0  # the data were read
+    assert checks[-1].passes == asked["forwards"] + asked["backwards"] > 0
+    assert list(dict.fromkeys(s.stage for s in told))[1] == "clean"
+    assert [s.done for s in told if s.stage == "store"][-1] == len(data)
+    assert next(s.done for s in told if s.stage == "store") == 0  # packing takes long where samples are large
+
+
 def test_a_finished_run_is_not_done_again(whole, digits):
     part = whole.run.path / "samples" / "00000000-00000039.parquet"
     before = part.stat().st_mtime_ns

@@ -345,6 +345,10 @@ def test_a_policy_is_a_table_of_a_file(tmp_path):
     assert policy == Policy(0.4, no_finding=("error",), max_seconds=9, baseline=str(tmp_path / "old"))
 
 
+def test_a_policy_may_begin_with_the_mark_that_editors_of_windows_write(tmp_path):
+    assert read(tmp_path, "\ufeff[gate]\nmin-robust = 0.4\n") == Policy(0.4)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -104,6 +104,18 @@ def test_history_has_a_row_for_each_validation_with_its_cost() -> None:
     assert all(r["clean"] >= r["pgd"] for r in rows)
 
 
+def test_parameters_that_are_frozen_stay_as_they_are(tmp_path: Path) -> None:
+    net, out = small(), tmp_path / "net.safetensors"
+    net[0].requires_grad_(False)
+    hardened = assay.harden(net, blobs(), "linf:0.1", epochs=1, out=out, **FAST)
+    assert torch.equal(hardened.net[0].weight, net[0].weight)
+    assert not torch.equal(hardened.net[5].weight, net[5].weight)
+    assert [p.requires_grad for p in hardened.net.parameters()] == [p.requires_grad for p in net.parameters()]
+    net[1].requires_grad_(False)
+    with pytest.raises(RunError, match="frozen was"):
+        assay.harden(net, blobs(), "linf:0.1", epochs=1, out=out, **FAST)
+
+
 @pytest.mark.parametrize("average", ["ema", "swa"])
 def test_averaged_weights_are_what_is_kept(average: str) -> None:
     how = {**FAST, "average": average, "swa_from": 0.3, "select": "last"}
@@ -353,6 +365,12 @@ def test_a_training_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
         (ModelError, r"a torch\.nn\.Module with parameters", {"net": lambda x: x}),
         (RunError, r"ends in \.safetensors", {"out": "net.bin"}),
         (UsageError, "tracker", {"log": ["tensorbored"]}),
+        (UsageError, "epochs: a whole number of at least 1; found 0", {"epochs": 0}),
+        (UsageError, "epochs: a whole number of at least 1; found 1.5", {"epochs": 1.5}),
+        (UsageError, "epochs: a whole number of at least 1; found '1'", {"epochs": "1"}),
+        (ModelError, "logits; found probabilities. Remove the last softmax", {"net": small().append(nn.Softmax(1))}),
+        (ModelError, r"requires_grad_\(True\) on what is to be trained", {"net": small().requires_grad_(False)}),
+        (UsageError, "init=keep", {"net": small()[:1].requires_grad_(False).extend(small()[1:]), "init": "ibp"}),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from assay import Threat
-from assay.attacks import JSMA, VFGA, CarliniWagnerL0, CarliniWagnerLinf, Runnable
+from assay.attacks import JSMA, VFGA, BrendelBethge, CarliniWagnerL0, CarliniWagnerLinf, Runnable
+from assay.attacks.minimum.undoing import Changes
 from assay.core.errors import AssayError
 from assay.core.random import Draws
 from assay.models import Model
-from assay.models.door import Slopes
+from assay.models.door import Gradient, Slopes
 from assay.threats import Problem
 from minimal_cases import Planes, inputs, labels, least
 
@@ -111,3 +112,33 @@ def test_trials_find_what_lies_before_the_end_of_the_box() -> None:
     x, y = torch.full((8, 5), 0.4), torch.zeros(8, dtype=torch.long)
     assert VFGA(steps=1, samples=30)(Window(), x, y, Threat("l0")).size.tolist() == [1.0] * 8
     assert not VFGA(steps=1, samples=1)(Window(), x, y, Threat("l0")).success.any()
+
+
+def test_the_least_change_is_undone_first_and_the_others_go_to_the_edge() -> None:
+    p = Problem.pose(
+        torch.full((1, 4), 0.5),
+        torch.zeros(1).long(),
+        Threat("l0").within(Model(nn.Identity()).domain, 4),
+        Draws.of(0, torch.arange(1)),
+    )
+    x, grad = torch.tensor([[0.6, 0.4, 0.7, 0.5]]), torch.tensor([[1.0, -3.0, 0.2, 5.0]])  # worth 0.1, 0.3, 0.04
+    won = Gradient(torch.tensor([True]), torch.tensor([0.1]), torch.zeros(1, 2), grad)
+    asked, left = Changes.none(p).seen(p, x, won).undone(p)
+    assert asked.tolist() == [[1.0, 0.0, 0.5, 0.5]]
+    asked, _ = left.undone(p)
+    assert asked.tolist() == [[0.5, 0.0, 1.0, 0.5]]
+
+
+class Either(nn.Module):
+    """The second class wins where the first two values are large, or the third is at its end, beyond a flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x[:, :2].sum(1) + 0.9 * x[:, 2].clamp_max(0.6) + 10 * (x[:, 2] - 0.95).clamp_min(0) - 1
+        return torch.stack([-z, z], 1)
+
+
+def test_walks_that_undo_find_that_one_change_to_the_edge_is_enough() -> None:
+    x, y = torch.full((6, 6), 0.1), torch.zeros(6, dtype=torch.long)
+    size = {n: BrendelBethge(steps=40, undo=n)(Either(), x, y, Threat("l0")).size.mean() for n in (0, 10)}
+    assert size[10] == 1
+    assert size[0] > 1

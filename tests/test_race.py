@@ -102,9 +102,22 @@ def test_openers_that_are_far_behind_are_left_out_where_the_best_breaks_most():
     assert [name for name, _ in half] == ["a", "b", "c", "b", "a"]
 
 
+def test_an_opener_that_leads_does_so_unless_another_is_clearly_ahead():
+    rounds = tuple(named(n, 0.3, opener=True, leads=n == "b") for n in "abc")
+
+    def order(falls):
+        return [name for name, _ in play(lined_up(rounds, 400), rounds, falls)][3:]
+
+    assert order(lambda name, i: name == "a" and i % 4 == 0)[0] == "b"  # ahead, and yet not by half of its group
+    assert order(lambda name, i: i % 5 < {"a": 4, "b": 3, "c": 0}[name])[0] == "b"  # by half, and yet not by far
+    assert order(lambda name, i: name == "a" and i % 4)[0] == "a"
+
+
 def test_few_samples_are_not_split_for_a_trial():
     rounds = tuple(named(n, opener=True) for n in "ab")
     assert play(lined_up(rounds, 40), rounds, lambda *_: False) == [("a", [*range(40)]), ("b", [*range(40)])]
+    rounds = tuple(named(n, 0.3, opener=True, leads=n == "b") for n in "ab")
+    assert play(lined_up(rounds, 40), rounds, lambda *_: False) == [("b", [*range(40)]), ("a", [*range(12)])]
 
 
 @pytest.mark.parametrize("most", [1, 3, 7])

@@ -116,6 +116,21 @@ def test_thresholds_get_the_slope_of_what_they_compare(name):
     assert torch.equal(grad.sign(), IDENTITY.sign())
 
 
+@pytest.mark.parametrize("curve", [torch.sigmoid, torch.tanh])
+def test_a_curve_that_is_driven_to_its_ends_gets_the_slope_of_one_that_is_not(curve):
+    z, grad, own = search(lambda x: head(curve(1e4 * (x - 0.5))), StraightThrough())
+    assert torch.equal(z, own)
+    size = (1e4 * (X - 0.5)).abs().flatten(1).mean(1).view(-1, 1, 1)
+    at = X.clone().requires_grad_()
+    assert torch.allclose(grad, slope(head(curve(2e4 * (at - 0.5) / size)), at), rtol=1e-4)
+
+
+def test_and_one_that_is_not_keeps_its_own():
+    at = X.clone().requires_grad_()
+    _, grad, _ = search(lambda x: head(torch.sigmoid(2 * x)), StraightThrough())
+    assert torch.allclose(grad, slope(head(torch.sigmoid(2 * at)), at), rtol=1e-5)
+
+
 def test_a_vote_gets_the_gradient_of_the_scores_that_it_counts():
     net = lambda x: F.one_hot(head(x).argmax(1), 3).float()  # noqa: E731
     z, grad, own = search(net, StraightThrough())
@@ -188,6 +203,42 @@ def test_a_cut_is_bridged_by_the_identity(name):
     z, grad, own = search(net, bridges)  # more samples than it was found with
     assert torch.equal(z, own)
     assert torch.allclose(grad, factor * IDENTITY, rtol=1e-5)
+
+
+class Reversed(Zeros):
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def hooked(x):
+    h = 2 * x
+    if h.requires_grad:
+        h.register_hook(lambda g: g.flip(0))
+    return linear(h)
+
+
+LIES = {
+    "a backward pass that says the opposite": (lambda x: linear(Reversed.apply(x)), 1.0),
+    "and something behind it": (lambda x: linear(2 * Reversed.apply(x)), 1.0),
+    "a hook on a gradient": (hooked, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_backward_pass_that_a_network_brings_along_need_not_be_believed(name):
+    net, factor = LIES[name]
+    scout = Scout(trusting=False)
+    search(net, scout, x=X[:2])
+    z, grad, own = search(net, Bridges(tuple(scout.links)))
+    assert torch.equal(z, own)
+    assert torch.allclose(grad, factor * IDENTITY, rtol=1e-5)
+
+
+def test_the_backward_pass_of_a_repair_is_believed():
+    scout = Scout(trusting=False)
+    search(lambda x: linear(x.round()), StraightThrough(), scout)
+    assert scout.links == []
 
 
 def test_images_of_another_size_are_bridged_too():
@@ -313,9 +364,11 @@ def codes(findings):
         (lambda net, x: net((x > 0.25).float()), "repaired-straight-through"),
         (lambda net, x: net(Raises.apply(x)), "repaired-bpda"),
         (lambda net, x: net(torch.from_numpy(np.round(x.detach().numpy() * 8) / 8)), "repaired-bpda"),
+        (lambda net, x: net(Reversed.apply(x)), "repaired-bpda"),
+        (lambda net, x: net(torch.sigmoid(4000 * (x - 0.28))), "repaired-straight-through"),
         (lambda net, x: 9 * (50 * net(x)).softmax(1), "repaired-output"),
     ],
-    ids=["threshold", "raises", "numpy", "softmax"],
+    ids=["threshold", "raises", "numpy", "reversed", "steep", "softmax"],
 )
 def test_the_ladder_finds_the_repair_and_the_attack_gets_through(plain, digits, step, code):
     net, threat = (lambda x: step(plain, x)), Threat("linf", 0.3, Box())

@@ -384,6 +384,15 @@ def test_models_are_loaded_only_by_their_fingerprint(runs, tmp_path):
         Sources([load_model("demo:mnist-plain")]).model(other)
 
 
+def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        words = ["serve", str(tmp_path), "--no-browser", "--port", str(other.getsockname()[1])]
+        done = CliRunner().invoke(command_line, words)
+    assert done.exit_code == 3
+    assert "found another program listens there" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_model_that_was_named_serves_the_runs_of_its_fingerprint(tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     model = assay.Model(net, name="mine")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from assay.core.errors import DataError, ThreatError
 from assay.core.random import Draws
-from assay.core.registry import UsageError
+from assay.core.registry import UsageError, check_numbers
 from assay.core.types import Inputs, Labels, Mask, PerSample, choose
 from assay.models.door import Door
 from assay.models.model import Model, as_model
@@ -110,6 +110,7 @@ class Runnable(ABC):
         """
         model = as_model(model)
         threat = Threat.parse(threat) if isinstance(threat, str) else threat
+        check_numbers(self)
         _check(x, y)
         if max_passes is not None and max_passes < 1:
             raise UsageError("max_passes >= 1", f"{max_passes}", "Or none, for no limit.")
@@ -166,12 +167,12 @@ def _check(x: Inputs, y: Labels) -> None:
         raise DataError(
             "torch tensors x and y", f"{type(x).__name__} and {type(y).__name__}", "Convert: torch.as_tensor(x)."
         )
-    if not len(x) or len(x) != len(y) or y.ndim != 1 or x.ndim < 2:
+    if x.ndim < 2 or y.ndim != 1 or not len(x) or len(x) != len(y):
         raise DataError(
             "inputs (b, *f) and as many labels (b,), b >= 1",
             f"{tuple(x.shape)} and {tuple(y.shape)}",
             "Pass class indices, one a sample.",
-            code="empty-data" if not len(x) else None,
+            code="empty-data" if x.ndim and not len(x) else None,
         )
     if not x.is_floating_point():
         raise DataError("floating-point inputs", f"{x.dtype}", "Convert: x = x.float() / 255 for 8-bit images.")
@@ -181,6 +182,9 @@ def _check(x: Inputs, y: Labels) -> None:
 
 def _check_inside(x: Inputs, box: Box) -> None:
     outside = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
+    if not x.isfinite().all():
+        at = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise DataError("finite inputs", f"NaN or infinity in sample {at}", "Clean them.", code="non-finite-input")
     if outside.any():
         rows = outside.nonzero()[:, 0].tolist()
         raise outside_box(box, (float(x.min()), float(x.max())), rows, len(x))

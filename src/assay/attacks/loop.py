@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from assay.attacks.attack import Outcome, Runnable, needs_eps
-from assay.core.errors import AssayError, ThreatError
+from assay.core.errors import ThreatError
+from assay.core.registry import UsageError
 from assay.core.types import Inputs, Logits, Mask, PerSample, Rows, choose
 from assay.models.door import Decision, Door, Gradient, Loss, Score, Slopes
 from assay.threats.problem import Goal, Problem
@@ -125,7 +126,7 @@ class StepAttack(Runnable, Generic[S, E]):
         if not self.any_size:
             needs_eps(p, what)
         if self.steps < 1:
-            raise AssayError(f"steps >= 1 for {what}", f"{self.steps}", "An attack that asks nothing finds nothing.")
+            raise UsageError(f"steps >= 1 for {what}", f"{self.steps}", "An attack that asks nothing finds nothing.")
 
 
 class GradientAttack(StepAttack[S, Gradient]):

@@ -5,7 +5,7 @@ from typing import Any
 
 from assay.attacks.attack import Runnable
 from assay.attacks.losses import LOSSES
-from assay.core.registry import Registry, build, describe
+from assay.core.registry import Registry, build, describe, one_of
 
 ATTACKS: Registry[Callable[..., Runnable]] = Registry("attack")
 """Classes of attacks, and functions that build a named combination.
@@ -14,7 +14,14 @@ Traits: ``norm`` (a tuple), ``access`` (gradient, score, decision), ``kind`` (bu
 
 
 def names(norm: str | None = None, access: str | None = None, kind: str | None = None) -> tuple[str, ...]:
-    """Return the names of the attacks for a norm, an access and a kind; None stands for all."""
+    """Return the names of the attacks for a norm, an access and a kind; None stands for all.
+
+    Raises:
+        UsageError: no attack has such a trait.
+    """
+    for what, value in (("norm", norm), ("access", access), ("kind", kind)):
+        if value is not None:
+            one_of(what, value, sorted(ATTACKS.values(what)))
     return ATTACKS.names(norm=norm, access=access, kind=kind)
 
 

@@ -239,7 +239,7 @@ class Case:
         tell: Tell = lambda method, left: self._tell(f"{method}{also}, {left} open")  # noqa: E731
         norm, y = self.threat.norm.name, self.y[rows]
         found = self.prover.margins(self.x[rows], y, radius, norm, tell).cpu()
-        check_margins(found, self.x[rows], y, self.clean[rows], rows, norm, self.prover.model)
+        check_margins(found, self.x[rows], y, self.clean[rows], rows, norm, self.prover)
         return found
 
     def note(self, rows: Labels, proven: int) -> None:
@@ -274,13 +274,15 @@ _SLACK: Final = 1e-3
 """Share of the largest logit by which a bound may lie above what is seen; only gross errors are looked for."""
 
 
-def check_margins(margins: Tensor, x: Inputs, y: Labels, clean: Logits, index: Labels, norm: str, model: Model) -> None:
+def check_margins(
+    margins: Tensor, x: Inputs, y: Labels, clean: Logits, index: Labels, norm: str, prover: Prover
+) -> None:
     """Refuse lower bounds (k, c) that lie above the margins at the samples x (k, *f) themselves, by logits (k, c).
 
     Raises:
         ContradictionError: there is one.
     """
-    if model.probabilities:  # their logarithms end where float32 does
+    if prover.model.probabilities or prover.softmax:  # their logarithms end where float32 does
         return
     seen = (clean.gather(1, y[:, None]) - clean).double()
     above = (margins > seen + _SLACK * clean.abs().amax(1, keepdim=True)).scatter(1, y[:, None], False)

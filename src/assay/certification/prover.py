@@ -89,6 +89,11 @@ class Prover:
         return self.program.graph(torch.float32, self.device or "cpu")
 
     @property
+    def softmax(self) -> bool:
+        """Whether bounds are of the logits before a softmax at the end of the network."""
+        return self.exact.softmax
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The methods that are tried, in order; ``complete`` begins with what ``alpha`` does."""
         upto = METHODS[: METHODS.index(self.method) + 1]

@@ -15,7 +15,6 @@ from assay.cli.doctor import doctor
 from assay.cli.evaluate import evaluate
 from assay.cli.gate import gate
 from assay.cli.harden import harden
-from assay.cli.options import INTERRUPTED
 from assay.cli.report import report
 from assay.cli.serve import serve
 from assay.cli.study import study
@@ -80,7 +79,4 @@ def main() -> None:
     # Read when torch is imported, which is later. Threads that wait by spinning make everything several times slower
     # as soon as something else runs on the machine (measured on 2 cores: 27 s instead of 1.6 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except KeyboardInterrupt:  # before a command had begun
-        sys.exit(INTERRUPTED)
+    app()

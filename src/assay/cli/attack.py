@@ -151,6 +151,8 @@ def _bits(quantize: int | None, shape: tuple[int, ...], images: Path | None) -> 
 
 def _make(images: Path | None, out: Path | None, *, replace_: bool) -> None:
     """Make the folders that are to be written to, before any long work."""
+    if out is not None and (out / "manifest.json").exists():
+        raise RunError(f"no run in {out}, for --out", "the manifest of an evaluation", "Choose another --out.")
     if out is not None and not replace_ and (out / "attack.json").exists():
         raise RunError(f"no attack in {out}, for --no-resume", "attack.json", "Choose another --out.")
     for folder in (images, out):

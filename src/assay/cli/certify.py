@@ -11,6 +11,7 @@ from assay.cli import workers as w
 from assay.cli.evaluate import finish, summary
 from assay.core.errors import ThreatError
 from assay.core.registry import UsageError
+from assay.core.trackers import chosen
 
 if TYPE_CHECKING:
     from assay.evaluation import Evaluation
@@ -49,6 +50,7 @@ Timeout = Annotated[float, typer.Option(metavar="S", help="For the property.", r
 
 @o.told
 def certify(
+    context: typer.Context,
     model: o.ModelArg,
     data: Annotated[str | None, typer.Argument(metavar="DATA", help="Images with labels; see `assay --help`.")] = None,
     threat: Annotated[
@@ -96,10 +98,10 @@ def certify(
     assay certify demo:mnist-robust demo:mnist --threat linf --radius --limit 100
     assay certify demo:mnist-plain demo:mnist --threat l2:0.25 --method smoothing --sigma 0.25 --n 1000 --limit 100
     """
-    from assay.core.trackers import chosen
     from assay.threats import Threat
 
     chosen(track or ())
+    _check_given(context, method, vnnlib)
     if vnnlib is not None:
         _judge(model, vnnlib, timeout, out, as_json=as_json)
         return
@@ -139,6 +141,16 @@ def certify(
     finish(result, as_json=as_json, quiet=quiet, told=proofs, track=track or ())
 
 
+def _check_given(context: typer.Context, method: str, vnnlib: Path | None) -> None:
+    """Refuse options that this way to prove would ignore."""
+    if method != "smoothing":
+        o.only_with("--method smoothing", context, "sigma", "noise", "kept", "n", "n0", "alpha")
+    if method != "complete":
+        o.only_with("--method complete", context, "seconds")
+    if vnnlib is None:
+        o.only_with("--vnnlib", context, "timeout")
+
+
 def _check(threat: "Threat", method: str, *, radius: bool, no_attack: bool) -> None:
     """Refuse what does not fit together."""
     from assay.core.registry import one_of
@@ -156,6 +168,7 @@ def _judge(model: str, file: Path, timeout: float, out: Path | None, *, as_json:
     """Answer a property: ``sat``, with the counterexample in the file ``out``, ``unsat`` or ``unknown``."""
     from assay.certification.vnnlib import verify_file, write_counterexample
 
+    o.spare(out)
     verdict = verify_file(model, file, timeout)
     if verdict.x is not None and verdict.y is not None and out is not None:
         write_counterexample(out, verdict.x, verdict.y)

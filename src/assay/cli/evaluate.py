@@ -11,6 +11,7 @@ from rich.text import Text
 
 from assay.cli import options as o
 from assay.cli import workers as w
+from assay.core.errors import ThreatError
 from assay.core.registry import UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Attack nothing; say wha
 
 @o.told
 def evaluate(
+    context: typer.Context,
     model: o.ModelArg,
     data: o.DataArg,
     threat: o.ThreatOpt,
@@ -105,7 +107,8 @@ def evaluate(
     from assay.threats import Threat
 
     chosen(track or ())  # none that is unknown or missing, before any work
-
+    if not prove:
+        o.only_with("--prove", context, "prove_seconds")
     parsed = replace(Threat.parse(threat), quantize=quantize)
     settings = {"max_passes": max_passes, "until_interval": until_interval, "eps_list": _eps_list(eps_list, parsed)}
     settings["prove_seconds"] = prove_seconds
@@ -150,7 +153,10 @@ def _eps_list(text: str | None, threat: "Threat") -> list[float] | None:
 
     if text is None:
         return None
-    found = sorted({Threat.parse(f"{threat.norm.name}:{part}").eps or 0.0 for part in text.split(",")})
+    try:
+        found = sorted({Threat.parse(f"{threat.norm.name}:{part}").eps or 0.0 for part in text.split(",")})
+    except ThreatError as e:
+        raise UsageError("an eps, or several, for --eps-list", repr(text), "Write for example 1/255,2/255.") from e
     if threat.eps is not None and found[-1] > threat.eps:
         raise UsageError(
             f"--eps-list up to the eps of --threat, {threat.eps:g}, which is what is attacked",

@@ -78,6 +78,7 @@ def gate(
     assay gate runs/now --min-robust 0.45 --no-finding error,zero-gradient
     assay gate runs/now --baseline baseline --max-drop 0.01 --junit gate.xml --sarif gate.sarif
     """
+    o.spare(junit, sarif, markdown, html)
     file = policy or (DEFAULT if DEFAULT.is_file() else None)
     flags: dict[str, Any] = {"min_robust": min_robust, "min_certified": min_certified, "max_drop": max_drop}
     flags |= {"max_seconds": max_seconds, "no_finding": _codes(no_finding), "baseline": baseline and str(baseline)}

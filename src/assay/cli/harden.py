@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from assay.cli import options as o
-from assay.core.registry import UsageError
+from assay.core.registry import UsageError, one_of
 
 if TYPE_CHECKING:
     from assay.evaluation import Evaluation
@@ -31,6 +31,10 @@ Set = Annotated[
     typer.Option(
         "--set", metavar="NAME=VALUE", help="A setting of method or loop: beta=6, lr=0.1, augment=crop:4,flip."
     ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Samples that are learned from together.", rich_help_panel=_TRAINING),
 ]
 OutFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The network: .safetensors (weights), .pt2 or .onnx (whole).")
@@ -94,6 +98,7 @@ def harden(
     seed: o.Seed = 0,
     device: o.Device = None,
     devices: Devices = 1,
+    batch_size: BatchSize = None,
     no_resume: o.NoResume = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -120,11 +125,12 @@ def harden(
     wanted = threat or (kept and kept.threat)
     if not model or not data or out is None or not wanted:
         raise UsageError("MODEL, DATA, --threat (or --recipe) and --out FILE", "not all of them", "See --help.")
+    _check_verdict(effort, prove)
     place = o.device_of(device)
     torch.manual_seed(seed)  # a network that is built anew draws its weights
     loaded = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     own = kept.settings if kept and method in (None, kept.method) else {}
-    how: dict[str, Any] = {**own, **o.parameters(settings or [])}
+    how: dict[str, Any] = {**own, **_given(settings or [], batch_size)}
     samples = o.data_of(data, size, limit=limit, trust_pickle=trust_pickle)
     held_back, more, final = (
         None if v is None else o.data_of(v, size, limit=None, trust_pickle=trust_pickle) for v in (valid, extra, test)
@@ -159,6 +165,27 @@ def harden(
             runs.append(evaluate(one, judged, wanted, effort, prove, seed, None, place, folder, progress=shown))
             runs[-1].report()
     _say(result, runs, out, as_json=as_json, quiet=quiet)
+
+
+def _check_verdict(effort: str, prove: str | None) -> None:
+    """Refuse, before any training, a verdict that there is none of."""
+    from assay.certification import Proof
+    from assay.evaluation.efforts import EFFORTS
+    from assay.runs.schema import UNATTACKED
+
+    one_of("--effort", effort, (*EFFORTS, UNATTACKED))
+    if prove:
+        Proof(prove)
+
+
+def _given(pairs: list[str], batch_size: int | None) -> dict[str, Any]:
+    """Return the settings of the command, --batch-size among them."""
+    settings = o.parameters(pairs)
+    if batch_size is None:
+        return {**settings}
+    if "batch_size" in settings:
+        raise UsageError("--batch-size or --set batch_size", "both", "Leave one of them out.")
+    return {**settings, "batch_size": batch_size}
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:

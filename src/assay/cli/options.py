@@ -3,17 +3,19 @@
 import functools
 import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
 
 from assay.core.errors import AssayError
 from assay.core.plain import without_controls
+from assay.core.registry import UsageError
 
 if TYPE_CHECKING:
     from assay.data import Data
@@ -136,6 +138,32 @@ def parameters(pairs: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def only_with(what: str, context: typer.Context, *names: str) -> None:
+    """Refuse options that were given without what they are about, where they would do nothing.
+
+    Raises:
+        UsageError: one of the parameters of these names was given.
+    """
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [f"--{name.replace('_', '-')}" for name, s in sources.items() if s is not None and s.name == "COMMANDLINE"]
+    if given:
+        raise UsageError(f"{', '.join(given)} only with {what}", "it without", f"Leave it out, or add {what}.")
+
+
+def spare(*files: Path | None) -> None:
+    """Refuse to write over the file that makes a folder a run, or an attack.
+
+    Raises:
+        UsageError: one of the files is there, and has such a name.
+    """
+    for file in files:
+        if file is not None and file.is_file() and file.resolve().name.lower() in _RECORDS:
+            raise UsageError("a file to write that no run needs", str(file), "Choose another name.")
+
+
+_RECORDS: Final = ("manifest.json", "attack.json")
+
+
 def device_of(wanted: str | None) -> str:
     """Return the device to use, after checking that it is there."""
     import torch
@@ -155,16 +183,26 @@ def model_of(
     """Load MODEL, saying aloud what is trusted."""
     from assay.models.loaders import load_model
 
-    if trust_pickle:
-        errors.print(f"trusting {source}: unpickling it runs whatever code it holds", markup=False)
+    if trust_pickle and not _PASSIVE.match(source):
+        _say_trusted(source)
     return load_model(source, arch=arch, box=box, mean=numbers(mean), std=numbers(std), trust_pickle=trust_pickle)
 
 
 def data_of(source: str, size: str | None, *, limit: int | None, trust_pickle: bool) -> "Data":
-    """Load DATA; ``size`` is what ``--size`` says."""
+    """Load DATA, saying aloud what is trusted; ``size`` is what ``--size`` says."""
     from assay.data import load_data
 
+    if trust_pickle and source.lower().endswith(".npz"):
+        _say_trusted(source)
     return load_data(source, limit=limit, trust_pickle=trust_pickle, size=None if size is None else _sides(size))
+
+
+# Models that trust changes nothing about: names, the user's own functions, scores alone, files of numbers and graphs.
+_PASSIVE: Final = re.compile(r"(demo|py|https?|ort):|(timm|torchvision):[^@]*$|.*\.(onnx|safetensors)$", re.IGNORECASE)
+
+
+def _say_trusted(source: str) -> None:
+    errors.print(f"trusting {source}: loading it may run code that it holds", markup=False, soft_wrap=True)
 
 
 def _sides(text: str) -> int | tuple[int, int]:

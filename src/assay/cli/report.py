@@ -11,6 +11,7 @@ from assay.core.registry import one_of
 Form = Annotated[
     str, typer.Option("--as", metavar="html|card|evidence", help="A page, a model card's section, one page for audits.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing: the page is all.", rich_help_panel="Output")]
 OutFile = Annotated[
     Path | None,
     typer.Option(help="What to write (default: report.html, README.md or evidence.html in the run)."),
@@ -23,6 +24,7 @@ def report(
     form: Form = "html",
     out: OutFile = None,
     as_json: o.Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write from a run, also from one that was interrupted: a self-contained HTML page, or what has to be on record.
 
@@ -33,10 +35,11 @@ def report(
     assay report runs/mine --as evidence --out evidence.pdf
     """
     one_of("--as", form, _FORMS)
+    o.spare(out)
     page = _written(form, run, out)
     if as_json:
         o.emit({"report": str(page)})
-    else:
+    elif not quiet:
         typer.echo(str(page))
 
 

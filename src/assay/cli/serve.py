@@ -35,9 +35,8 @@ def serve(
     assay serve
     assay serve runs --model weights.safetensors --arch nets:resnet --mean .49,.48,.45 --std .2,.2,.2 --data py:my:set
     """
-    from assay.data import load_data
     from assay.serve.app import serve as run
 
     models = [o.model_of(m, arch, box, mean, std, trust_pickle=trust_pickle) for m in model or ()]
-    known = [load_data(d, trust_pickle=trust_pickle) for d in data or ()]
+    known = [o.data_of(d, None, limit=None, trust_pickle=trust_pickle) for d in data or ()]
     run(folder, port, models, known, browser=not no_browser, told=lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"))

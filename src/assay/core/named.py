@@ -41,8 +41,8 @@ def call_named(spec: str, error: type[AssayError], what: str) -> Any:
         if not hasattr(found, name):
             raise error(f"{path!r} in module {module!r}, for {what}", "no such name", closest(name, dir(found)))
         found = getattr(found, name)
-    if not callable(found):
-        raise error(f"{spec} to be a callable, for {what}", type(found).__name__, "Name a function.")
+    if not callable(found) or hasattr(type(found), "forward"):
+        raise error(f"{spec} to be a callable, for {what}", type(found).__name__, "Name a function that returns it.")
     return call(found, spec, error, what)
 
 

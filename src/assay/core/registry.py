@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +64,11 @@ class Registry(Generic[T]):
 
         return tuple(sorted(n for n, t in self._traits.items() if fits(t)))
 
+    def values(self, trait: str) -> set[Any]:
+        """Return what registered values have as that trait."""
+        each = (t[trait] for t in self._traits.values())
+        return {v for found in each for v in (found if isinstance(found, tuple) else (found,))}
+
     def traits(self, name: str) -> Mapping[str, Any]:
         self[name]
         return self._traits[name]
@@ -91,6 +97,26 @@ def build(make: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
         if name not in known:
             raise UsageError(f"a parameter of {what}", repr(name), closest(name, [*known]))
     return make(**{n: _coerce(v, known[n].default, f"{what} {n}") for n, v in params.items()})
+
+
+def check_numbers(value: Any, name_of: Callable[[Any], str] = lambda v: type(v).__name__) -> None:
+    """Refuse numbers that no parameter of a (nested) dataclass can be: negative, not finite, or no whole ones.
+
+    Raises:
+        UsageError: naming the parameter.
+    """
+    if isinstance(value, tuple | list):
+        for v in value:
+            check_numbers(v, name_of)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return
+    for f in dataclasses.fields(value):
+        v, whole = getattr(value, f.name), isinstance(f.default, int)
+        if not isinstance(f.default, int | float) or isinstance(f.default, bool):
+            check_numbers(v, name_of)
+        elif not isinstance(v, int if whole else int | float) or not 0 <= v < math.inf:
+            kind = "a whole number" if whole else "a finite number"
+            raise UsageError(f"{kind} of at least 0 for {f.name} of {name_of(value)}", repr(v), f"Usual: {f.default}.")
 
 
 def _coerce(value: Any, default: Any, what: str) -> Any:

@@ -80,6 +80,9 @@ def as_tensor(value: Any, where: str) -> Tensor:
         return value.detach()
     try:
         a = np.asarray(value)
+        if a.dtype.kind in "US":
+            remedy = "For labels that are names: class_names, y = numpy.unique(y, return_inverse=True)."
+            raise DataError("an array or tensor of numbers", f"text in {where}", remedy)
         if not a.dtype.isnative or any(s < 0 for s in a.strides):
             a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
         with warnings.catch_warnings():
@@ -97,6 +100,9 @@ def from_arrays(x: Any, y: Any, *, name: str, source: str, class_names: Sequence
     """
     samples = as_samples(x, f"x of {source}")
     labels = as_labels(y, f"y of {source}")
+    if class_names is not None and len(labels) and int(labels.max()) >= len(class_names):
+        found = f"{len(class_names)} names, and label {int(labels.max())}, in {source}"
+        raise DataError("a name for every class", found, "Name all of them, or leave class_names out.")
     return Data(Arrays(samples), labels, name=name, source=source, class_names=class_names)
 
 

@@ -47,14 +47,14 @@ class Fit:
     stretch: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        sides = (self.height, self.width, *(self.stretch or ()))
-        good = (
-            1 <= min(sides) <= max(sides) <= _LONGEST and 0 <= self.shorter <= _LONGEST and self.channels in (0, 1, 3)
-        )
-        if not good or self.filter not in FILTERS:
+        sides = dict.fromkeys((self.height, self.width, *(self.stretch or ()), self.shorter or 1))
+        wrong = [f"a side of {side}" for side in sides if not 1 <= side <= _LONGEST]
+        wrong += [f"{c} channels" for c in (self.channels,) if c not in (0, 1, 3)]
+        wrong += [f"the filter {f!r}" for f in (self.filter,) if f not in FILTERS]
+        if wrong:
             raise DataError(
                 f"sides from 1 to {_LONGEST}, 1 or 3 channels, and a filter out of {', '.join(FILTERS)}",
-                f"{self}",
+                ", ".join(wrong),
                 "Give the size that the model takes, for example 224.",
             )
 

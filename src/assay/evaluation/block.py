@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
@@ -405,7 +406,8 @@ class _Block:
             "bounded": self.bounded,
             "seconds": sum(s["seconds"] for s in self.clock.stages),
         }
-        return Part(rows, packed_arrays({k: v.numpy() for k, v in arrays.items()}) if len(at) else {}, tally)
+        pack = partial(packed_arrays, tell=partial(self.clock.tell, "store", 0))
+        return Part(rows, pack({k: v.numpy() for k, v in arrays.items()}) if len(at) else {}, tally)
 
 
 _AUDIT = 12
@@ -446,15 +448,18 @@ def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:
 
     Each accepted point is the stored one, asked about in a fresh pass; so the result is as verified as x was.
     """
-    best, z = x, door.logits(x, p.rows, p.goal)
+    best, z = x, torch.empty(0)
     near, far = p.full(0.0), p.full(1.0)
-    for _ in range(SHRINK_PASSES):
+    for i in range(SHRINK_PASSES):
         middle = (near + far) / 2
         point = p.snap((p.x0 + per_sample(middle, x) * (x - p.x0)).clamp(p.lower, p.upper))
         logits = door.logits(point, p.rows, p.goal)
         holds = p.goal.clearly_reached(logits) & p.allows(point)
-        best, z = choose(holds, point, best), choose(holds, logits, z)
+        best, z = choose(holds, point, best), choose(holds, logits, z) if i else logits
         near, far = torch.where(holds, near, middle), torch.where(holds, middle, far)
+    at = (far == 1).nonzero()[:, 0]  # nothing smaller fools
+    if len(at):
+        z = z.index_copy(0, at, door.logits(x[at], p.rows[at], p.goal.take(at)))
     return best, z
 
 

@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 from typing import Any, TypeAlias, final
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.console import Console
 
@@ -24,12 +25,13 @@ from assay.core.registry import UsageError, closest
 from assay.data import load_data
 from assay.evaluation.block import Job, Part, run_block
 from assay.evaluation.course import Course
-from assay.evaluation.diagnosis import MASKING, probe
+from assay.evaluation.diagnosis import MASKING
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.natural import check_corruptible, look
 from assay.evaluation.preflight import check_model
 from assay.evaluation.reading import check_data
+from assay.evaluation.rescue import examine
 from assay.evaluation.result import Evaluation
 from assay.models import Model, as_model
 from assay.models.door import default_batch, metered
@@ -38,7 +40,7 @@ from assay.models.loaders import load_model
 from assay.reports import live as live_progress
 from assay.runs import Run
 from assay.runs.natural import corruptions
-from assay.runs.schema import UNATTACKED
+from assay.runs.schema import LATE, UNATTACKED
 from assay.threats import Threat
 
 Work: TypeAlias = Callable[..., Part]
@@ -85,7 +87,8 @@ def evaluate(
         out: the run's folder; None keeps it only as long as the returned object lives.
         resume: go on with a run of the same settings that is in ``out`` already.
         limit: use only the first samples.
-        progress: show a live display, or call this with each :class:`Snapshot`.
+        progress: show a live display, or call this with each :class:`Snapshot`; those of the stage ``checks``, before
+            the race, have passes and seconds of their own.
         executor: where blocks run, such as :class:`assay.distributed.Processes` or ``RayExecutor``: each is a call of
             its own that can be pickled, but not as threads of one process, which would share the model; None for this
             process. Its ``device``, if it has one, is where attacks run; ``device`` is then for the checks before.
@@ -120,14 +123,15 @@ def evaluate(
     data = model.takes(data)
     if harms:
         check_corruptible(data.shape)
-    findings, threat = (
-        check_data(data, model.domain, executor),
-        threat.within(model.domain, int(np.prod(data.shape))),
-    )
-    with metered() as before:
-        checked = check_model(model, data, threat, device, repair=effort != UNATTACKED)
-        probed = () if effort in (UNATTACKED, "quick") else probe(checked.model, data, threat, seed, device).findings
-    findings += (*checked.findings, *probed)
+    with _shown(progress) as show:
+        watch = _Watch(show, len(data))
+        with metered(partial(watch.tell, "checks")) as before:
+            findings = check_data(data, model.domain, executor, partial(watch.tell, "checks", 0))
+            threat = threat.within(model.domain, int(np.prod(data.shape)))
+            checked = check_model(model, data, threat, device, repair=effort != UNATTACKED)
+            look_hard = effort not in (UNATTACKED, "quick")
+            checked = examine(checked, data, threat, seed, device) if look_hard else checked
+    findings += checked.findings
     prover = proof.prover(checked.model, data.shape, device) if proof else None
     plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
     place = device_of(executor, device)
@@ -227,11 +231,11 @@ def _shown(progress: bool | Progress) -> Iterator[Progress]:
 
 def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, executor: Executor | None) -> bool:
     """Attack every sample that is not stored yet; return whether all are, or as many as were wanted."""
-    stored = run.samples()
-    done = set(stored["index"].to_pylist())
-    blocks = [rows for rows in course.blocks(len(job.data), job.seed) if not done.issuperset(rows)]
+    every, done = course.blocks(len(job.data), job.seed), run.done() - run.late()
+    blocks = [rows for rows in every if not done.issuperset(rows)]
     watch = _Watch(show, len(job.data), proven=None if run.manifest["identity"]["prove"] is None else 0)
-    watch.add(stored.to_pydict())
+    stored, again = run.samples(), {i for rows in blocks for i in rows}
+    watch.add(stored.filter(pa.array([i not in again for i in stored["index"].to_pylist()], pa.bool_())).to_pydict())
     parts = _parts(run, course, work, blocks, watch, executor)
     try:
         with contextlib.closing(parts):
@@ -239,7 +243,8 @@ def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, execut
                 if (part := next(parts, None)) is None:
                     return watch.done == len(job.data)
                 run.add(part.rows, part.adversarials, part.tally)
-                _journal(run).unlink(missing_ok=True)
+                if part.tally["bounded"] != LATE:  # else the same command goes on from the journal
+                    _journal(run).unlink(missing_ok=True)
                 watch.add(part.rows)
     except KeyboardInterrupt:
         if not run.done():  # what is on disk counts: the interruption may have come right after a batch was stored

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Final, final
 
 import torch
@@ -85,12 +86,17 @@ def _straight(model: Model, _: Bench) -> Iterator[Model]:
 
 
 def _bridged(model: Model, bench: Bench) -> Iterator[Model]:
-    """Bridge what is cut; and again with straight-through steps, for those that ``no_grad`` has hidden so far."""
-    few = bench.head(_SCOUTED)
-    for base in dict.fromkeys([model.repairs, _with(model, StraightThrough()).repairs]):
-        scout, repaired = Scout(), replace(model, repairs=base)
+    """Bridge what is cut; and again with straight-through steps, for those that ``no_grad`` has hidden so far.
+
+    Likewise without the backward passes that the network brings along.
+    """
+    few, bases = bench.head(_SCOUTED), dict.fromkeys([model.repairs, _with(model, StraightThrough()).repairs])
+    found = dict[tuple[Repair, ...], None]()
+    for base, trusting in product(bases, (True, False)):
+        scout, repaired = Scout(trusting=trusting), replace(model, repairs=base)
         if _watched(repaired, scout, few, few.pose()):
-            yield _with(repaired, Bridges(tuple(dict.fromkeys(scout.links))))
+            found[_with(repaired, Bridges(tuple(dict.fromkeys(scout.links)))).repairs] = None
+    yield from (replace(model, repairs=repairs) for repairs in found)
 
 
 def _tapped(model: Model, bench: Bench) -> Iterator[Model]:
@@ -138,6 +144,9 @@ _LADDER: Final = {
     "repaired-float64": _widened,
     "repaired-smoothing": _smoothed,
 }
+
+FREE: Final = {code: attempts for code, attempts in _LADDER.items() if attempts not in (_widened, _smoothed)}
+"""Repairs with which a pass costs what it costs without."""
 
 _DONE: Final = {
     "repaired-straight-through": "Rounding, thresholds and casts keep their values and pass the gradient on",

@@ -14,6 +14,7 @@ from assay.evaluation.preflight import check_accuracy
 from assay.evaluation.result import Evaluation
 from assay.runs import Run
 from assay.runs.natural import natural
+from assay.runs.schema import ROBUST
 from assay.runs.statistics import upper_bound
 
 _TOLERANCE = (
@@ -69,7 +70,7 @@ def finish(run: Run, result: Evaluation, *, complete: bool) -> None:
     right = result.n - sum(s == "misclassified" for s in result.samples["status"].to_pylist())
     known = {f.code for f in findings}
     judged = (f for f in judge(totals["stages"], result.n) if f.code not in known)
-    late = (*check_accuracy(right, result.n, classes), *judged, *_after_work(totals))
+    late = (*check_accuracy(right, result.n, classes), *judged, *_after_work(totals), *_too_early(run, result))
     width = run.manifest["identity"]["until_interval"]
     bounds = [t["bounded"] for t in tallies if t.get("bounded")]
     if width is not None and result.n < run.manifest["data"]["n"]:
@@ -103,6 +104,21 @@ def _audit(tallies: Sequence[dict[str, Any]], totals: dict[str, Any]) -> dict[st
     missed = upper_bound(broken, attacked, confidence)
     found = {"attacked": attacked, "broken": broken, "missed_at_most": missed, "confidence": confidence}
     return found | ({"survivors": survivors} if survivors else {})
+
+
+def _too_early(run: Run, result: Evaluation) -> Iterator[Finding]:
+    """Report samples that stand because nobody went on attacking them."""
+    late, states = run.late(), result.samples.select(["index", "status"]).to_pylist()
+    if late:
+        standing = sum(s["index"] in late and s["status"] == ROBUST for s in states)
+        yield Finding(
+            "stopped-early",
+            "warning",
+            f"--max-seconds was over before the race of {standing} samples was, which stand: some may hardly have been "
+            "attacked.",
+            {"standing": standing, "samples": result.n},
+            "Repeat the command, with more time or none set: it goes on where it was.",
+        )
 
 
 def _after_work(totals: dict[str, Any]) -> Iterator[Finding]:

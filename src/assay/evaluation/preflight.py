@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from assay.attacks import LOSSES, Square
 from assay.core.errors import DataError, ModelError
+from assay.core.types import Logits
 from assay.data import Data
 from assay.evaluation.finding import Finding, Severity
-from assay.evaluation.health import LINEAR, Bench, Health, averaged, gradient_spread
+from assay.evaluation.health import EVEN, LINEAR, Bench, Health, averaged, gradient_spread
 from assay.evaluation.ladder import State, mend
 from assay.evaluation.wrapping import check_wrapping
 from assay.models import Door, Live, Model
-from assay.threats import Threat
+from assay.threats import Box, Threat
+from assay.threats.problem import ROUNDING
 
 PROBE = 64
 """Samples whose logits and gradients the model's checks look at."""
@@ -33,6 +35,12 @@ _LARGE = 2**15
 
 _CONVERTED = 1e-3
 """The most that logits may differ from those of what a network was converted from, as a share of the largest."""
+
+_GREY = 100
+"""The width from which on the units of a box are taken for grey levels."""
+
+_COARSE = 0.01
+"""The most of the lead of a sample's class that may be lost in rounding."""
 
 _SAME = 1e-4
 """Logits that differ by more than this share of their median size (one may be huge to mask a class) are different."""
@@ -97,13 +105,13 @@ def check_model(
         NonFiniteError: NaN or infinity (``bad-logits``).
         DataError: labels outside the classes (``bad-logits``).
     """
-    findings = [*check_modes(model), *_told(model, data)]
+    findings = [*check_modes(model), *_told(model, data), *check_units(threat, model.domain)]
     rows = torch.arange(min(len(data), RANDOM_PROBE if _large(data) else PROBE))
     with model.frozen(device) as live:
         x, y = data.batch(rows).to(live.device), data.labels[rows].to(live.device)
         z = _ask(live, x)
         check_labels(data, z.shape[1])
-        findings += check_conversion(model, x, z)
+        findings += [*check_conversion(model, x, z), *check_rounding(z)]
         findings += check_wrapping(model, partial(_ask, live), *(v.to(live.device) for v in _spread(data)))
         again = _ask(live, x)
         random = _differ(z, again)
@@ -185,6 +193,37 @@ def check_conversion(model: Model, x: Tensor, z: Tensor) -> Iterator[Finding]:
         {"difference": gap, "same_predictions": same, "n": len(z)},
         "Nothing is to be done.",
     )
+
+
+def check_units(threat: Threat, box: Box) -> Iterator[Finding]:
+    """Report an eps that looks like one for inputs in [0, 1], where the box has grey levels."""
+    if threat.norm.name != "l0" and threat.eps is not None and threat.eps < 1 and box.width >= _GREY:
+        yield Finding(
+            "eps-below-a-grey-level",
+            "warning",
+            f"eps is {threat.eps:g} in a box of width {box.width:g}: less than one grey level. Nearly any model takes "
+            "that.",
+            {"eps": threat.eps, "width": box.width},
+            f"Give eps in units of the box: {threat.norm.name}:{threat.eps * box.width:g} if you mean {threat.eps:g} "
+            "of inputs in [0, 1].",
+        )
+
+
+def check_rounding(z: Logits) -> Iterator[Finding]:
+    """Report logits (b, c) so large, next to their differences, that float32 rounding has a say in who wins."""
+    first, second = z.double().topk(2, 1).values.T
+    unsure = ROUNDING * torch.maximum(first.abs(), second.abs())
+    share = float((unsure / (first - second).clamp_min(torch.finfo(z.dtype).tiny)).median())
+    if share > _COARSE:
+        yield Finding(
+            "coarse-logits",
+            "warning",
+            f"The two largest logits are so near each other, for their size, that rounding may change "
+            f"{min(share, 1):.0%} of what is between them (median). An input that fools by less than that does not "
+            "count as fooled, so the model looks more robust than it is.",
+            {"share": share, "n": len(z)},
+            "Return logits without a common offset, in float32 or float64, before anything that saturates.",
+        )
 
 
 def _two_looks(model: Model, bench: Bench) -> tuple[Tensor, Tensor]:
@@ -280,7 +319,7 @@ def check_gradients(before: Health, after: Health, threat: Threat, *, random: bo
             evidence,
             "Look for saturated outputs (large logits, a softmax), rounding, thresholds or sign functions.",
         )
-    if not (random or before.linear or math.isnan(before.linearity)):
+    if not (random or (before.linear and before.even) or math.isnan(before.linearity)):
         yield _shattered(before)
     if before.steepest > STEEP:
         yield _exploding(before)
@@ -295,9 +334,10 @@ def _shattered(health: Health) -> Finding:
         "shattered-gradient",
         "warning",
         f"A step of eps / 8 along the gradient changes the margin by {health.linearity:.2f} times what the "
-        f"gradient promises (median); on sound networks by {LINEAR[0]:g} to {LINEAR[1]:g}. Gradients tell little about "
-        "what is near, and attacks that follow them may miss what is there.",
-        {"linearity": health.linearity, "samples": health.samples},
+        f"gradient promises (median; the 10 % and 90 % quantiles are {health.spread:.2f} apart); on sound networks by "
+        f"{LINEAR[0]:g} to {LINEAR[1]:g} (and by less than {EVEN:g}). Gradients tell little about what is near, and "
+        "attacks that follow them may miss what is there.",
+        {"linearity": health.linearity, "spread": health.spread, "samples": health.samples},
         "Look for steps, top-k or winner-take-all activations, and very steep functions.",
     )
 

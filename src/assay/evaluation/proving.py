@@ -145,5 +145,5 @@ class Proving:
         x, y, norm = self.x[ids], self.y[ids], self.threat.norm.name
         found = prover.margins(x, y, radius, norm, tell).cpu()
         assert self.clean is not None
-        check_margins(found, x, y, self.clean[ids], self.index[ids], norm, prover.model)
+        check_margins(found, x, y, self.clean[ids], self.index[ids], norm, prover)
         return found

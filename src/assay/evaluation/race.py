@@ -30,6 +30,9 @@ TRIAL: Final = 16
 CLEAR: Final = 0.5
 """Where the best opener breaks this share of its group, others that break less than half of that are left out."""
 
+AHEAD: Final = 1.5
+"""So many times as much as the opener that ``leads`` another one breaks, and ``CLEAR``, to lead in its place."""
+
 FALLEN: Final = 12
 """Passes that are granted for a sample that has fallen; most fall within a few steps."""
 
@@ -53,7 +56,8 @@ class Round:
             it is given as many more.
         repeat: the most turns; a turn that breaks nothing is the last.
         warm: start from the best point so far.
-        opener: tried on a few samples first; the opener that breaks most is run on all samples, the others follow.
+        opener: tried on a few samples first; the one that then leads is run on all samples, the others follow.
+        leads: of the openers, unless another one is clearly ahead; where none does, the one that breaks most.
         full: take all steps of an attack with a sample that has fallen, too.
         block: the most samples that it is given at once (None: its share): the fewer, the sooner it stops where nothing
             falls.
@@ -66,6 +70,7 @@ class Round:
     repeat: int = 1
     warm: bool = False
     opener: bool = False
+    leads: bool = False
     full: bool = False
     block: int | None = None
 
@@ -151,6 +156,8 @@ class Race:
         if race.trials:
             lots = torch.where(right, draws.fold(_LOTS).uniform(), torch.inf).argsort(stable=True)
             race.trial[lots[: openers * group]] = torch.arange(openers).repeat_interleave(group)
+        else:
+            race.order.sort(key=lambda i: not rounds[i].leads)
         return race
 
     def to_arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
@@ -213,14 +220,14 @@ class Race:
         if self.trials:
             self._give((self.trial == self.leg).nonzero()[:, 0])
             return
-        share = math.ceil(now.share * int(self.standing.sum()))
+        share = math.ceil((1 if now.leads and not self.leg else now.share) * int(self.standing.sum()))
         self.size = max(LEAST, min(share, now.block or share))
         if not self._block():
             self.leg += 1
             self._end(0)
 
     def _judge(self, rounds: tuple[Round, ...]) -> None:
-        """An opener was tried; after the last one, let the best begin, on all but those that it was tried on."""
+        """An opener was tried; after the last one, let one of them begin, on all but those that it was tried on."""
         self.yields.append(self.fell / self.given)
         self.trials -= 1
         self.leg += 1
@@ -230,8 +237,11 @@ class Race:
         best = max(range(len(self.yields)), key=lambda i: (self.yields[i], -i))
         poor = self.yields[best] / 2 if self.yields[best] >= CLEAR else 0.0
         weak = {i for i, share in enumerate(self.yields) if share < poor}
-        self.order = [best, *(i for i in range(len(rounds)) if i != best and i not in weak)]
-        self.leg, self.size, self.seen = 0, len(self.standing), self.trial == best
+        lead = next((i for i in range(len(self.yields)) if rounds[i].leads), best)
+        if self.yields[best] >= max(CLEAR, AHEAD * self.yields[lead]):
+            lead = best
+        self.order = [lead, *(i for i in range(len(rounds)) if i != lead and i not in weak)]
+        self.leg, self.size, self.seen = 0, len(self.standing), self.trial == lead
         if not self._block():
             self.leg += 1
             self._end(0)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, final
@@ -36,8 +36,10 @@ class Seen:
     digests: NDArray[np.uint64]
 
 
-def check_data(data: Data, box: Box, executor: Executor | None = None) -> list[Finding]:
-    """Read every sample once; with an executor, data of many values where it has its workers.
+def check_data(
+    data: Data, box: Box, executor: Executor | None = None, tell: Callable[[], None] = lambda: None
+) -> list[Finding]:
+    """Read every sample once; with an executor, data of many values where it has its workers; tell of every block.
 
     Raises:
         DataError: no samples (``empty-data``), values outside the box (``input-outside-box``) or not finite
@@ -49,7 +51,10 @@ def check_data(data: Data, box: Box, executor: Executor | None = None) -> list[F
         )
     far = executor is not None and len(data) * math.prod(data.shape) >= SHARED_FROM
     blocks = (rows.tolist() for rows in torch.split(torch.arange(len(data)), _AT_ONCE))
-    seen = [*(executor if far and executor else serial)(partial(read, data, box), blocks)]
+    seen = []
+    for part in (executor if far and executor else serial)(partial(read, data, box), blocks):
+        seen.append(part)
+        tell()
     if outside := sorted(i for s in seen for i in s.outside):
         span = min(s.low for s in seen), max(s.high for s in seen)
         raise outside_box(box, span, outside, len(data), f" in {data.source}")

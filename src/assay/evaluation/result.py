@@ -11,6 +11,7 @@ from typing import Any, final
 import pyarrow as pa
 
 from assay.core.errors import RunError
+from assay.core.registry import UsageError
 from assay.evaluation.finding import Finding
 from assay.reports import write_report
 from assay.runs import Curve, Run, exact_interval, totals
@@ -104,12 +105,14 @@ class Evaluation:
         Of a run that may stop by its interval (``until_interval``), the robust one is valid at every look.
 
         Raises:
-            ValueError: that accuracy was not measured.
+            UsageError: that accuracy was not measured, or a confidence of no use.
         """
         if which not in ("clean", "robust", "certified"):
-            raise ValueError(f"clean, robust or certified, not {which!r}")
+            raise UsageError("clean, robust or certified", repr(which), "Name one of them.")
         if which not in self._totals["interval"]:
-            raise ValueError(f"{which} accuracy was not measured in this run")
+            raise UsageError("an accuracy that this run measured", which, "Evaluate with an eps, or with a proof.")
+        if not 0 < confidence < 1:
+            raise UsageError("a confidence between 0 and 1", f"{confidence}", "0.95 is usual.")
         kind = sequential_interval if which == "robust" and self._looked_again else exact_interval
         return kind(self._hits(self._totals, which), self.n, confidence)
 

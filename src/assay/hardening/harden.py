@@ -116,7 +116,8 @@ def harden(
 
     Args:
         net: an ``nn.Module`` that takes inputs in [0, 1], an :class:`assay.Model` of one (its box and normalisation
-            are kept), or a MODEL form of the command line. Training starts from its weights.
+            are kept), or a MODEL form of the command line. Training starts from its weights; parameters that require no
+            gradient stay as they are.
         train: ``(x, y)``, a dataset, a loader, or a DATA form of the command line.
         threat: with an eps: what to train against.
         method: the name of a training method, ``assay.hardening.OBJECTIVES.names()``, or an objective.
@@ -139,15 +140,17 @@ def harden(
         The hardened network. What it can take is then for :func:`assay.evaluate` to say.
 
     Raises:
-        UsageError: a setting that neither method nor loop has, or a value that does not fit.
+        UsageError: a setting that neither method nor loop has, or a value or ``epochs`` that does not fit.
         DataError, ThreatError, ModelError: network, data and threat do not fit; raised before any training.
         RunError: ``out`` cannot be written, or holds a training of other settings.
         NonFiniteError: the loss is not finite.
         MissingExtraError: a package is missing; the message says how to get it.
     """
+    _check_epochs(epochs)
     model, threat = _model(net), Threat.parse(threat) if isinstance(threat, str) else threat
     objective, how = split_settings(method, settings)
     _check_devices(devices, objective, how)
+    frozen = _frozen(model, how)
     if warning := getattr(objective, "warning", ""):
         warnings.warn(warning, BrokenDefence, stacklevel=2)
     path = None if out is None else Path(out)
@@ -175,7 +178,8 @@ def harden(
             "model": fingerprint(model),
             "data": {"train": data.fingerprint(), "valid": held_back.fingerprint()}
             | ({"extra": more.fingerprint()} if more else {}),
-        },
+        }
+        | ({"frozen": frozen} if frozen else {}),
         progress=progress,
         log=tuple(log),
     )
@@ -268,9 +272,27 @@ def _model(net: Any) -> Model:
     model = load_model(net) if isinstance(net, str | Path) else net if isinstance(net, Model) else Model(net)
     if model.module is None or not any(p.is_floating_point() for p in model.module.parameters()):
         raise ModelError("a torch.nn.Module with parameters", type(model.net).__name__, "Pass the network itself.")
+    if not any(p.requires_grad for p in model.module.parameters()):
+        remedy = "Call requires_grad_(True) on what is to be trained."
+        raise ModelError("parameters to train", "none that requires a gradient", remedy)
     if model.probabilities:
-        raise ModelError("a network that returns logits", "probabilities", "Take off its softmax to train it.")
+        raise _softmax()
     return model
+
+
+def _softmax() -> ModelError:
+    """Return the error for a network that would be trained through a second softmax."""
+    code = "probabilities-not-logits"
+    return ModelError("a network that returns logits", "probabilities", "Remove the last softmax.", code=code)
+
+
+def _frozen(model: Model, how: Settings) -> list[str]:
+    """Return the names of the parameters that stay as they are."""
+    assert model.module is not None
+    frozen = [name for name, p in model.module.named_parameters() if not p.requires_grad]
+    if frozen and how.init == "ibp":
+        raise UsageError("init=keep where parameters are frozen", "init=ibp, which draws all anew", "Leave init out.")
+    return frozen
 
 
 def split_settings(method: str | Objective, given: Mapping[str, Any]) -> tuple[Objective, Settings]:
@@ -288,6 +310,11 @@ def split_settings(method: str | Objective, given: Mapping[str, Any]) -> tuple[O
         if name not in known:
             raise UsageError(f"a setting of {method} or of training", repr(name), closest(name, [*known, *mine]))
     return build(kind, rest, method), build(Settings, {"ramp": kind.ramp, **loop}, "training")
+
+
+def _check_epochs(epochs: object) -> None:
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise UsageError("epochs: a whole number of at least 1", repr(epochs), "Write for example epochs=10.")
 
 
 def _check_devices(devices: int, objective: Objective, how: Settings) -> None:
@@ -320,11 +347,13 @@ def _checked(threat: Threat, objective: Objective, model: Model, data: Data) -> 
 
 
 def _classes(model: Model, sources: Sequence[Data]) -> int:
-    """Ask the model about two samples, look at all of them once, and return the number of classes."""
+    """Ask the model about a batch, look at all samples once, and return the number of classes."""
     with model.frozen() as live:
-        z = live(sources[0].batch([0, len(sources[0]) - 1]).to(live.device))
+        z = live(sources[0].batch(range(min(len(sources[0]), _ASKED))).to(live.device))
     if z.ndim != 2 or z.shape[1] < 2:
         raise ModelError("logits of shape (b, c) with c >= 2", f"{tuple(z.shape)}", "Return logits.", code="bad-logits")
+    if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
+        raise _softmax()
     box, c = model.domain, z.shape[1]
     for data in sources:
         if not (int(data.labels.min()) >= 0 and int(data.labels.max()) < c):
@@ -338,6 +367,10 @@ def _classes(model: Model, sources: Sequence[Data]) -> int:
     return c
 
 
+_ASKED: Final = 32
+"""Samples that tell probabilities from logits."""
+
+
 # ------------------------------------------------------------------------------------------------ networks and files
 
 
@@ -347,17 +380,18 @@ def _copied(model: Model, seed: int, how: Settings) -> Model:
     assert net is not None
     if how.init == "ibp":
         ibp_init(net, seed)
-    return Model(net.float().requires_grad_(True), model.box, model.mean, model.std, name=model.name)
+    return Model(net.float(), model.box, model.mean, model.std, name=model.name)
 
 
 def _fresh(model: Model, seed: int, how: Settings) -> Model:
-    """Return the model with weights of its own: those of its layers that can draw them anew."""
+    """Return the model with weights of its own: those of its layers that can draw them anew, and are not frozen."""
     own = _copied(model, seed, how)
     assert own.module is not None
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         for layer in own.module.modules():
-            if callable(draw := getattr(layer, "reset_parameters", None)):
+            free = all(p.requires_grad for p in layer.parameters(recurse=False))
+            if free and callable(draw := getattr(layer, "reset_parameters", None)):
                 draw()
     return own
 

@@ -365,7 +365,7 @@ class Door:
             raise ModelOutputError(
                 f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}",
                 f"{tuple(z.shape)}",
-                "For a single-output binary classifier return torch.cat([-z, z], 1).",
+                _remedy(z, len(x)),
                 code="bad-logits",
             )
         z, self._classes = z[: len(rows)], z.shape[1]
@@ -398,6 +398,17 @@ class Door:
             count(len(rows) * forwards, len(rows) * backwards)
         if self._listen:
             self._listen(len(rows) * (forwards + backwards))
+
+
+def _remedy(z: Tensor, rows: int) -> str:
+    """Say what to do about an answer that is no table of logits."""
+    if z.ndim == 1 and bool((z == z.round()).all()):
+        return "Return the scores of all classes, not the number of one."
+    if z.ndim > 2:
+        return "Return one row a sample: z.flatten(1), or its mean over places."
+    if not z.ndim or len(z) != rows:
+        return "Return one row for each input of the batch."
+    return "For a single-output binary classifier return torch.cat([-z, z], 1)."
 
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -52,11 +52,9 @@ def _parts(value: Any) -> Iterator[bytes | Inner]:
         yield from _module(value)
     elif isinstance(value, Tensor | np.ndarray):
         yield from _array(value)
-    elif isinstance(value, list | tuple):
-        yield from map(Inner, value)
     elif isinstance(value, functools.partial):
         yield _written(sorted(value.keywords))
-        yield from map(Inner, (value.func, *value.args, *value.keywords.values()))
+        yield from map(Inner, (value.func, *_each(value.args), *_each(value.keywords.values())))
     elif isinstance(value, types.MethodType):
         yield from map(Inner, (value.__func__, value.__self__))
     elif isinstance(value, types.FunctionType):
@@ -65,6 +63,15 @@ def _parts(value: Any) -> Iterator[bytes | Inner]:
         yield from map(Inner, (*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())))
     else:
         yield from _other(value)
+
+
+def _each(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield what is in (nested) lists; of lists elsewhere nobody knows whether they only record what happens."""
+    for v in values:
+        if isinstance(v, list | tuple):
+            yield from _each(v)
+        else:
+            yield v
 
 
 def _array(value: Tensor | np.ndarray[Any, Any]) -> Iterator[bytes]:

@@ -122,6 +122,8 @@ class Model:
             raise ModelError("mean and std together", f"mean={self.mean}, std={self.std}", "Give both or neither.")
         if self.std is not None and not (torch.as_tensor(self.std) > 0).all():
             raise ModelError("std > 0 for every channel", f"{self.std}", "Check the normalisation.")
+        if self.mean is not None and not torch.as_tensor(self.mean, dtype=torch.float64).isfinite().all():
+            raise ModelError("a finite mean", f"{self.mean}", "Check the normalisation.")
         if self.samples < 1 or self.judged < 0:
             found = f"samples={self.samples}, judged={self.judged}"
             raise ModelError("samples >= 1 and judged >= 0", found, "Leave them out for networks that are not random.")
@@ -354,4 +356,7 @@ def _device_of(module: nn.Module | None) -> torch.device:
 
 def _per_channel(v: Sequence[float] | float, x: Inputs) -> Tensor:
     values = torch.as_tensor(v, dtype=x.dtype, device=x.device)
+    if values.numel() not in (1, x.shape[1]):
+        found = f"{values.numel()} for inputs with {x.shape[1]} channels"
+        raise ModelError("mean and std of every channel, or one for all", found, "Check --mean, --std and the images.")
     return values.view(-1, *[1] * (x.ndim - 2)) if values.ndim else values

@@ -15,6 +15,9 @@ ROBUST: Final = "robust"
 UNATTACKED: Final = "none"
 """The effort of a run that attacks nothing: it has proofs, and no robust accuracy."""
 
+LATE: Final = "max-seconds"
+"""What bounded a batch that was stored because time was over, before its race was."""
+
 SAMPLES: Final = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),

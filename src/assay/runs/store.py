@@ -10,9 +10,9 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from assay.core.errors import RunError
 from assay.core.files import replacing
 from assay.core.urls import Mirror, path_of, url_of
-from assay.runs.schema import SAMPLES, VERSION
+from assay.runs.schema import LATE, SAMPLES, VERSION
 
 _TALLY = b"assay.tally"
 
@@ -200,9 +200,9 @@ class Run:
         """
         try:
             parts = [pq.read_table(p).replace_schema_metadata() for p in self._parts()]
-        except (OSError, pa.ArrowInvalid) as e:
+            table = pa.concat_tables([SAMPLES.empty_table(), *parts]).sort_by("index")
+        except (OSError, pa.ArrowException) as e:
             raise RunError(f"readable tables in {self.path}", str(e), "Remove the broken file and go on.") from e
-        table = pa.concat_tables([SAMPLES.empty_table(), *parts]).sort_by("index")
         if len(table.column("index").unique()) != len(table):
             raise RunError("each sample once", f"a sample in two files of {self.path}", "Start the run anew.")
         return table
@@ -211,6 +211,14 @@ class Run:
         """Yield what each stored batch cost."""
         for part in self._parts():
             yield json.loads((pq.read_schema(part).metadata or {}).get(_TALLY, b"{}"))
+
+    def late(self) -> set[int]:
+        """Return the indices of the samples that were stored because time was over, before their race was."""
+        found: set[int] = set()
+        for part, tally in zip(self._parts(), self.tallies(), strict=True):
+            if tally.get("bounded") == LATE:
+                found |= {*pq.read_table(part, columns=["index"])["index"].to_pylist()}
+        return found
 
     def adversarials(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield the adversarial inputs of each stored batch, by array."""
@@ -229,20 +237,31 @@ def _place(path: str | os.PathLike[str]) -> tuple[Path, Mirror | None]:
     return mirror.folder, mirror
 
 
-def packed_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return arrays as the content of a compressed ``.npz`` file.
+def packed_arrays(arrays: Mapping[str, np.ndarray], tell: Callable[[], None] = lambda: None) -> bytes:
+    """Return arrays as the content of a compressed ``.npz`` file; tell every 16 MiB that there is some progress.
 
     At the lowest level: adversarial inputs are mostly noise, of which the usual level saves 4 % more in twice the time
     (``benchmarks/scale.py driver``).
     """
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
-            content = io.BytesIO()
-            np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy")  # without a date: the same arrays are the same bytes
-            archive.writestr(entry, content.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
+            # Opened by its name it has no date: the same arrays are the same bytes.
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(_Telling(entry, tell), np.asanyarray(array), allow_pickle=False)
     return file.getvalue()
+
+
+@final
+class _Telling:
+    """A file that is written in pieces, and tells of each."""
+
+    def __init__(self, file: IO[bytes], tell: Callable[[], None]) -> None:
+        self.file, self.tell = file, tell
+
+    def write(self, content: bytes) -> int:
+        self.tell()
+        return self.file.write(content)
 
 
 def _refuse_strangers(folder: Path) -> None:

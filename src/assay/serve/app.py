@@ -1,6 +1,8 @@
 """The app: its pages, its gate, and the server that it runs in."""
 
+import errno
 import logging
+import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,7 +132,7 @@ def serving(app: Any, gate: Gate, port: int = 0) -> Iterator[Served]:
     """Bind an app to a port of this machine that nobody else can reach; 0 for a free one.
 
     Raises:
-        RunError: the port is taken.
+        RunError: the port is taken, or not for this user.
     """
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -141,14 +143,16 @@ def serving(app: Any, gate: Gate, port: int = 0) -> Iterator[Served]:
             pass
 
     try:
-        server = make_server(HOST, port, app.server, threaded=True, request_handler=Quiet)
-    except (OSError, SystemExit) as e:  # werkzeug exits where the port is taken
-        raise RunError(f"a free port, {port}", f"{e}", "Leave --port out: a free one is chosen.") from e
-    try:
-        url = f"http://{HOST}:{server.server_port}/?token={gate.token}"
-        yield Served(url, server.serve_forever, server.shutdown)
-    finally:
-        server.server_close()
+        door = socket.create_server((HOST, port))  # werkzeug would print, and exit, where the port is taken
+    except OSError as e:
+        found = "another program listens there" if e.errno == errno.EADDRINUSE else str(e.strerror)
+        raise RunError(f"a free port, {port}", found, "Leave --port out: a free one is chosen.") from e
+    with door:
+        server = make_server(HOST, port, app.server, threaded=True, request_handler=Quiet, fd=door.fileno())
+        try:
+            yield Served(f"http://{HOST}:{server.port}/?token={gate.token}", server.serve_forever, server.shutdown)
+        finally:
+            server.server_close()
 
 
 def serve(

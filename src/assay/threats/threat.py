@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, final
 
 from assay.core.errors import DataError, ThreatError
@@ -79,12 +80,11 @@ class Threat:
         targeted: bool = False,
         quantize: int | None = None,
     ) -> None:
-        if isinstance(norm, str):
-            if norm not in NORMS:
-                raise ThreatError(f"a norm out of {', '.join(NORMS)}", repr(norm), "Write for example linf:8/255.")
-            norm = NORMS[norm]
-        if eps is not None and not (math.isfinite(eps) and eps > 0):
-            raise ThreatError("eps > 0, or none for the smallest perturbation", f"{eps}", "Write for example l2:0.5.")
+        if norm not in NORMS and not hasattr(norm, "name"):
+            raise ThreatError(f"a norm out of {', '.join(NORMS)}", repr(norm), "Write for example linf:8/255.")
+        norm = NORMS[norm] if isinstance(norm, str) else norm
+        if eps is not None and not (_is_number(eps) and math.isfinite(eps) and eps > 0):
+            raise ThreatError("eps > 0, or none for the smallest perturbation", repr(eps), "Write for example l2:0.5.")
         if norm.name == "l0" and eps is not None and eps != round(eps):
             raise ThreatError("a whole number of coordinates for l0", f"{eps}", "Write for example l0:20.")
         if quantize is not None and not (quantize == int(quantize) and 1 <= quantize <= 16):
@@ -144,6 +144,10 @@ class Threat:
             "Give eps in units of the box, or the box that the data is in (--box).",
             code="eps-wider-than-box",
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
 
 
 def show_eps(eps: float) -> str:

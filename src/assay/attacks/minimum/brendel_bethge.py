@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
 from assay.attacks.minimum.descent import cosine, toward_zero
+from assay.attacks.minimum.undoing import Changes
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
@@ -25,6 +26,10 @@ perturbation in linf may be."""
 _FULL, _CLOSE = 0.85, 1e-3
 """Shares of the radius: a step so long is long enough, and a point so near the plane is on it."""
 
+_FLAT, _GROW, _SHRINK, _MOST = 0.2, 1.1, 1.2, 3.0
+"""A boundary that is within this share of the radius is as flat as its gradient said; then the radius grows by the next
+number, else it falls by the one after that, and is at most so many times what the schedule says."""
+
 
 class BrendelBethgeState(NamedTuple):
     """The point asked about, the ray that is searched for a start, and the smallest success of this walk."""
@@ -35,6 +40,8 @@ class BrendelBethgeState(NamedTuple):
     far: PerSample  # smallest share of the ray that met the goal, or inf
     best: Inputs
     size: PerSample  # of best, or inf
+    trust: PerSample  # by how much the radius is larger than the schedule says
+    changes: Changes  # l0 only
 
 
 @final
@@ -54,15 +61,18 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         walk: number of queries of a walk, about; with more steps there are more walks.
         starts: number of queries for a start, at most a quarter of the walk; they need no gradient.
         blend: first share of the outside image in the start.
-        reach: first r as a share of the l2 distance to the clean input; it falls to 0 along half a cosine.
+        reach: first r as a share of the l2 distance to the clean input; it falls to 0 along half a cosine. As long as
+            steps end near the boundary, r grows beyond that, up to three times.
         beyond: share of the boundary's distance by which the point aimed at lies behind it.
         sparse: l0 only: share of the walk that makes the l1 norm small, which makes many coordinates zero.
+        undo: l0 only: number of queries at the end of a walk, at most a quarter of it, that undo one change each.
         loss: f, positive where the goal is met.
 
     *Differs from the paper in*: the start, which needs no data (the paper takes an image of another class); where no
-    ray meets the goal, ever longer steps of gradient signs look for a start. r follows the size of the perturbation.
-    For l2, z is the best point between the points of the plane that are nearest to x and to x0, the optimum where the
-    box leaves it alone. Several walks. The l0 walk begins as one for l1.
+    ray meets the goal, ever longer steps of gradient signs look for a start. r follows the size of the perturbation and
+    how well the last plane told where the boundary is. For l2, z is the best point between the points of the plane that
+    are nearest to x and to x0, the optimum where the box leaves it alone. Several walks. The l0 walk begins as one for
+    l1, and in the end undoes changes one by one, the least first, while the others go to the edge of the box.
 
     References:
         Brendel et al. 2019, arXiv:1907.01003, sec. 2 and appendix.
@@ -72,12 +82,13 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     minimal: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
     steps: int = 500
-    walk: int = 100
+    walk: int = 60
     starts: int = 10
     blend: float = 0.4
     reach: float = 0.25
     beyond: float = 0.005
     sparse: float = 0.6
+    undo: int = 10
     loss: Loss = margin
 
     def differentiates(self, k: int) -> bool:
@@ -100,19 +111,31 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         size = _length(p.norm).size(s.x - p.x0)
         better = e.success & (size < s.size)
         s = s._replace(best=choose(better, s.x, s.best), size=torch.where(better, size, s.size))
+        if p.norm.name == "l0":
+            s = s._replace(changes=s.changes.seen(p, s.x, e))
         j, length = self._place(k)
-        first = self._first(length)
         if j + 1 == length:
             return self._look(p, _fresh(p, p.x0), p.full(0.0) > 0, k)
+        first = self._first(length)
         if j + 1 < first:
             return self._look(p, s, e.success, k)
         if j < first:
             return s._replace(x=choose(s.size.isfinite(), s.best, p.x0))
-        begun, at = s.size.isfinite(), (j - first) / (length - first)
-        norm = NORMS["l1"] if p.norm.name == "l0" and at < self.sparse else p.norm
-        step = along_boundary(p, s.x, e, norm, cosine(j - first, length - first, self.reach, 0), self.beyond)
-        x = choose(begun, step, self._search(p, s.x, e, j - first))
-        return s._replace(x=x.clamp(p.lower, p.upper))
+        return self._walk(p, s, e, j - first, length - first)
+
+    def _walk(self, p: Problem, s: BrendelBethgeState, e: Gradient, j: int, length: int) -> BrendelBethgeState:
+        """Return the state after query j of the ``length`` after the start."""
+        if p.norm.name == "l0":
+            length -= min(self.undo, length // 4)
+        if j >= length:
+            x, changes = s.changes.undone(p)
+            return s._replace(x=x, changes=changes)
+        norm = NORMS["l1"] if p.norm.name == "l0" and j < self.sparse * length else p.norm
+        reach = cosine(j, length, self.reach, 0)
+        trust = _trusted(p, s, e, reach) if j else s.trust
+        step = along_boundary(p, s.x, e, norm, reach * trust, self.beyond)
+        x = choose(s.size.isfinite(), step, self._search(p, s.x, e, j))
+        return s._replace(x=x.clamp(p.lower, p.upper), trust=trust)
 
     def done(self, s: BrendelBethgeState) -> Mask:
         return s.size == 0
@@ -129,7 +152,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         ray, share = choose(over, ray, s.ray), torch.where(over, hope, (near + far) / 2)
         x = (p.x0 + per_sample(share, ray) * ray).clamp(p.lower, p.upper)
         near, far = torch.where(over, 0, near), torch.where(over, torch.inf, far)
-        return BrendelBethgeState(x, ray, near, far, s.best, s.size)
+        return BrendelBethgeState(x, ray, near, far, s.best, s.size, s.trust, s.changes)
 
     def _search(self, p: Problem, x: Inputs, e: Gradient, j: int) -> Inputs:
         noise = p.draws.fold(j).uniform(x.shape[1:], x.dtype) * p.box.width + p.box.lo - x
@@ -138,7 +161,17 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         return x + choose(blind, noise * min(1.0, 0.1 * (j + 1)), length * e.grad.sign())
 
 
-def along_boundary(p: Problem, x: Inputs, e: Gradient, norm: Norm, reach: float, beyond: float = 0.001) -> Inputs:
+def _trusted(p: Problem, s: BrendelBethgeState, e: Gradient, reach: float) -> PerSample:
+    """Return by how much the next radius is larger: more where the last step ended near the boundary, as predicted."""
+    l2 = NORMS["l2"]
+    away = e.loss.abs() / l2.dual(e.grad).clamp_min(TINY)
+    flat = away < _FLAT * reach * s.trust * l2.size(s.x - p.x0)
+    return torch.where(flat, _GROW * s.trust, s.trust / _SHRINK).clamp(1, _MOST)
+
+
+def along_boundary(
+    p: Problem, x: Inputs, e: Gradient, norm: Norm, reach: float | PerSample, beyond: float = 0.001
+) -> Inputs:
     """Return what is smallest in ``norm`` near x on the boundary, as the gradient of the margin at x shows it.
 
     Near is what is no further in l2 than ``reach`` times the distance to the clean input.
@@ -168,7 +201,7 @@ def outside(p: Problem) -> Inputs:
 def _fresh(p: Problem, x: Inputs) -> BrendelBethgeState:
     """Return the state of a walk that knows nothing yet."""
     never = p.full(torch.inf)
-    return BrendelBethgeState(x, torch.zeros_like(x), p.full(0.0), never, x, never)
+    return BrendelBethgeState(x, torch.zeros_like(x), p.full(0.0), never, x, never, p.full(1.0), Changes.none(p))
 
 
 def _length(norm: Norm) -> Norm:

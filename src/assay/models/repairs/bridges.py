@@ -7,8 +7,10 @@ from typing import Any, Final, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 
+from assay.models.bpda import _Straight
 from assay.models.repairs.calls import grad_wanted, has_slope, straight
 from assay.models.repairs.numbered import Call, Numbered, is_data
 
@@ -16,6 +18,7 @@ Link: TypeAlias = tuple[Call, int]
 """The call whose result is taken, and the number of the layer whose input gets its gradient."""
 
 _INPUT: Final = (-1, 0)
+_OURS: Final = _Straight._backward_cls
 
 
 @final
@@ -56,11 +59,13 @@ class Scout:
     """Walks through a network once, with a gradient wanted, and notes the bridges that it needs in ``links``.
 
     A layer needs one when no derivative of its input with respect to x is other than zero, or none can be computed.
-    It comes from the tensor whose values are nearest to those that the layer sees. The derivatives that it takes on
-    its way, one a layer, are not counted as passes.
+    Unless it is ``trusting``, also when a backward pass that the network brings along has a part in that derivative:
+    such a pass may say anything. The bridge comes from the tensor whose values are nearest to those that the layer
+    sees. The derivatives that it takes on its way, one a layer, are not counted as passes.
     """
 
     links: list[Link] = field(default_factory=list)
+    trusting: bool = True
 
     def opened(self, x: Tensor) -> AbstractContextManager[Any]:
         if not grad_wanted(x):
@@ -68,11 +73,11 @@ class Scout:
         seen: list[tuple[Call, Tensor]] = [(_INPUT, x)]
 
         def enter(layer: int, value: Tensor) -> Tensor:
-            if not is_data(value, x) or _reached(value, x):
+            if not is_data(value, x) or self._sound(value, x):
                 return value
             near = sorted(_alike(seen, value), key=lambda found: float((found[2] - value).detach().abs().mean()))
             for source, tensor, shadow in near:
-                if _reached(tensor, x):
+                if self._sound(tensor, x):
                     self.links.append((source, layer))
                     return straight(value, shadow)
             return value
@@ -83,6 +88,23 @@ class Scout:
             return out
 
         return Numbered(enter, leave, transparent=True)
+
+    def _sound(self, t: Tensor, x: Tensor) -> bool:
+        return _reached(t, x) and (self.trusting or not _brought(t))
+
+
+def _brought(t: Tensor) -> bool:
+    """Tell whether a backward pass written in Python, other than that of a repair, lies behind t."""
+    seen: set[Any] = set()
+    todo: list[Any] = [t.grad_fn]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, BackwardCFunction) and not isinstance(node, _OURS):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return False
 
 
 def _alike(seen: list[tuple[Call, Tensor]], like: Tensor) -> Iterator[tuple[Call, Tensor, Tensor]]:

@@ -23,7 +23,7 @@ _LEAVES_TORCH: Final = frozenset({"numpy", "tolist", "item", "__array__", "__dlp
 class Numbered(TorchFunctionMode):
     """Numbers the calls of a pass, and lets the input of each layer and the result of each call be changed.
 
-    Where it is ``transparent``, the gradient stays on and nothing is detached.
+    Where it is ``transparent``, the gradient stays on, nothing is detached, and hooks do not get to change a gradient.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class Numbered(TorchFunctionMode):
         name = name_of(func)
         if self.transparent and name in _DETACHES:
             return args[0]
+        if self.transparent and name == "register_hook":
+            return func(args[0].detach().requires_grad_(), *args[1:], **(kwargs or {}))  # where no gradient passes
         if self.transparent and name in _LEAVES_TORCH:
             return func(args[0].detach(), *args[1:], **(kwargs or {}))
         with torch.set_grad_enabled(self.transparent or torch.is_grad_enabled()):

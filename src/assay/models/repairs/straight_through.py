@@ -21,6 +21,9 @@ from assay.models.repairs.calls import (
     tensors,
 )
 
+_DRIVEN: Final = 2.0
+"""The mean size of what enters a sigmoid, from which on it is a step; units that are trained stay about there."""
+
 Rule: TypeAlias = Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -222,6 +225,15 @@ def _counted(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return _remember(value, x * ((bounds.shape[-1] - 1) / width).to(x.dtype))
 
 
+def _saturated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Soften a curve that is driven so far that it is a step: its argument gets a mean size of ``_DRIVEN``."""
+    x = args[0]
+    if not has_slope(x) or x.ndim < 2 or is_in_place(name_of(func)):
+        return _carried(func, args, kwargs)
+    size = x.detach().abs().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
+    return straight(func(x.detach(), *args[1:], **kwargs), func(x / (size / _DRIVEN).clamp_min(1), *args[1:], **kwargs))
+
+
 def _named(rule: Rule, *names: str) -> dict[str, Rule]:
     """Return the rule for each name, and for that of the function that does the same in place."""
     return dict.fromkeys([*names, *(f"{n}_" for n in names if not n.endswith("_"))], rule)
@@ -247,4 +259,5 @@ _RULES: Final[dict[str, Rule]] = {
     **_named(_chosen, "argmax"),
     **_named(_one_hot, "one_hot"),
     **_named(_counted, "bucketize", "searchsorted"),
+    **_named(_saturated, "sigmoid", "tanh", "erf", "softsign"),
 }

@@ -111,12 +111,14 @@ def _least(name: str, what: str, floor: float, holds: Flags, case: _Case) -> Che
     where = "at" if share == floor else f"{_points(abs(share - floor))} {'above' if share > floor else 'below'}"
     sure = "which is within" if low <= floor <= high else "which is outside"
     interval = f"the {_percent(case.confidence)} interval, {_percent(low)} to {_percent(high)}"
+    late = what == "robust" and bool(case.run.late())
+    stopped = " Time was over before all of them were attacked, so the floor does not hold." if late else ""
     return Check(
         name,
-        held=share >= floor,
+        held=share >= floor and not late,
         wanted=f"{what} accuracy of at least {_percent(floor)}",
         found=f"{_percent(share)} ({hits:,} of {n:,})",
-        why=f"The {what} accuracy of these samples is {where} the floor, {sure} {interval}.",
+        why=f"The {what} accuracy of these samples is {where} the floor, {sure} {interval}.{stopped}",
         **_concerned(case.table, ~holds),
     )
 
@@ -125,6 +127,9 @@ def _max_drop(limit: float, case: _Case) -> Check:
     baseline = case.baseline
     assert baseline is not None
     others = finished(baseline)
+    for run in (baseline, case.run):
+        if run.late():
+            raise RunError("runs whose races ended", f"{run.path}, which --max-seconds cut short", "Give it more time.")
     _check_alike(baseline, case.run)
     before, now, table = _paired(_robust(baseline, others), others, case)
     lost, gained = before & ~now, now & ~before
@@ -198,13 +203,16 @@ def finished(run: Run) -> pa.Table:
     """Return the samples of a run that came to its end, or to a bound that it was given.
 
     Raises:
-        RunError: it was interrupted, or has no samples.
+        RunError: it was interrupted, or has no samples, or lost some.
     """
     if run.manifest.get("complete") is not True and not run.manifest.get("bounded"):
         raise RunError("a run that is finished", f"{run.path}, which was interrupted", "Let it go on; then gate it.")
     table = run.samples()
     if not len(table):
         raise RunError("a run with samples", f"none in {run.path}", "Start the run anew.")
+    n = part(run.manifest, "data").get("n")
+    if run.manifest.get("complete") is True and n is not None and len(table) != n:
+        raise RunError(f"{n} samples in {run.path}", f"{len(table)}", "Repeat the evaluation: it does what is missing.")
     return table
 
 

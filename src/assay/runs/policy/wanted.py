@@ -16,11 +16,12 @@ SEVERITIES: Final = ("error", "warning", "info")
 
 CODES: Final = (
     *("adapted", "axes-swapped", "batch-dependent", "black-box-gain", "channels-last", "channels-reversed"),
-    *("converted", "duplicate-samples", "exploding-gradient", "flat-in-eps", "inverted", "labels-permuted"),
-    *("labels-shifted", "loss-disagreement", "lost-at-8-bit", "low-clean-accuracy", "no-gradient", "noise-as-strong"),
-    *("normalised-twice", "not-normalised", "probabilities-not-logits", "randomized", "repaired-bpda"),
-    *("repaired-float64", "repaired-output", "repaired-smoothing", "repaired-straight-through", "restart-yield"),
-    *("shattered-gradient", "single-step-overfit", "single-step-stronger", "train-mode", "unbounded-attack-fails"),
+    *("coarse-logits", "converted", "duplicate-samples", "eps-below-a-grey-level", "exploding-gradient"),
+    *("flat-in-eps", "inverted", "labels-permuted", "labels-shifted", "loss-disagreement", "lost-at-8-bit"),
+    *("low-clean-accuracy", "no-gradient", "noise-as-strong", "normalised-twice", "not-normalised"),
+    *("probabilities-not-logits", "randomized", "repaired-bpda", "repaired-float64", "repaired-output"),
+    *("repaired-smoothing", "repaired-straight-through", "restart-yield", "shattered-gradient"),
+    *("single-step-overfit", "single-step-stronger", "stopped-early", "train-mode", "unbounded-attack-fails"),
     *("unverified-claims", "wrong-scale", "zero-gradient"),
 )
 """The findings that a run may have: a policy against one that is misspelt would hold for ever."""
@@ -85,7 +86,7 @@ class Policy:
         """
         file = Path(path)
         try:
-            table = tomllib.loads(file.read_text(encoding="utf-8")).get("gate")
+            table = tomllib.loads(file.read_text(encoding="utf-8-sig")).get("gate")
         except (OSError, ValueError) as e:
             raise UsageError("a policy in TOML that can be read", f"{file}: {e}", "Check the path and the file.") from e
         if not isinstance(table, dict):
