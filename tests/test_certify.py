@@ -144,6 +144,14 @@ def test_wrong_requests_are_refused(digits, change, error, says):
         assay.certify(**given)
 
 
+def test_a_softmax_at_the_end_changes_no_proof(digits):
+    model, x, y = digits
+    soft = nn.Sequential(model.net, nn.Softmax(1))
+    plain, same = (assay.certify(m, x, y, "linf:0.01") for m in (model, soft))
+    assert plain.certified.any()
+    assert torch.equal(plain.certified, same.certified)
+
+
 def test_a_norm_without_bounds_is_refused_by_name(digits):
     class Odd:
         name, is_box = "l3", False

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import assay
+from assay.core.errors import DataError
 from assay.data import Data, Fit, load_data
 from assay.data.shards import expanded
 
@@ -764,3 +765,14 @@ def test_other_forms_are_refused_with_what_is_accepted(source, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("some.zip").write_bytes(b"1")
     refused(source, "folder", source.removeprefix("hf:"))
+
+
+def test_labels_that_are_names_are_refused_with_the_way_out():
+    with pytest.raises(DataError, match=r"numpy\.unique"):
+        load_data((np.zeros((2, 3), np.float32), np.array(["cat", "dog"])))
+
+
+def test_fewer_names_than_classes_are_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((3, 2), np.float32), y=np.arange(3), class_names=["a", "b"])
+    with pytest.raises(DataError, match="2 names, and label 2"):
+        load_data(tmp_path / "d.npz")

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import assay
-from assay.attacks import PGD
+from assay.attacks import PGD, Restarts
 from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError, ThreatError
+from assay.core.registry import UsageError
+from assay.data import load_data
 from assay.evaluation.preflight import check_model
 
 
@@ -77,6 +79,46 @@ def test_an_eps_in_the_wrong_units_is_refused(net, digits, threat, code):
     with pytest.raises(ThreatError, match="box") as e:
         evaluate(net, digits, threat)
     assert (e.value.code, e.value.exit_code) == (code, 3)
+
+
+@pytest.mark.parametrize(("threat", "found"), [("linf:8/255", True), ("l2:0.5", True), ("linf:8", False)])
+def test_an_eps_of_less_than_a_grey_level_is_named(net, digits, threat, found):
+    x, y = arrays(digits)
+    model = assay.Model(lambda v: net(v / 255), box=(0, 255))
+    checked = check_model(model, load_data((x * 255, y)), assay.Threat.parse(threat), None, repair=False)
+    assert ("eps-below-a-grey-level" in {f.code for f in checked.findings}) is found
+
+
+def test_a_normalisation_of_three_channels_is_not_stretched_over_one(digits):
+    grey = assay.Model(
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 784, 10)), mean=[0.5] * 3, std=[0.2] * 3
+    )
+    with pytest.raises(ModelError, match="1 channels"):
+        evaluate(grey, digits)
+    with pytest.raises(ModelError, match="finite mean"):
+        assay.Model(nn.Identity(), mean=[float("nan")], std=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (PGD(rel_step=-1), "rel_step"),
+        (PGD(momentum=float("nan")), "momentum"),
+        (PGD(steps=0), "steps"),
+        (PGD(steps=2.5), "steps"),
+        (Restarts(PGD(rel_step=-1), 2), "rel_step"),
+    ],
+)
+def test_parameters_that_no_attack_can_have_are_refused(net, digits, attack, said):
+    x, y = arrays(digits)
+    with pytest.raises(UsageError, match=said):
+        attack(net, x, y, "linf:0.1")
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "l3"}, {"access": "grad"}, {"kind": "min"}])
+def test_attacks_of_a_kind_that_there_is_not_are_no_empty_list(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong.values()))):
+        assay.attacks.names(**wrong)
 
 
 def test_zero_gradients_are_found_and_scores_take_over(net, digits):

@@ -25,7 +25,7 @@ def examine(
     """Probe a model that was ``checked``; where it seems to mask its gradients, also with repairs that cost nothing.
 
     Kept is the repair behind which attacks break most, if that is more than chance. A random model has no second
-    chance: its attacks are dear.
+    chance, nor one of which every question has its price: attacks on it are dear.
 
     Returns:
         The model and what there is to say about it.
@@ -33,7 +33,8 @@ def examine(
     model, found = checked.model, checked.findings
     first = probe(model, data, threat, seed, device)
     found += first.findings
-    if first.counts.left <= EXCEPTIONS or model.samples > 1 or not any(f.code in MASKING for f in found):
+    dear = model.samples > 1 or getattr(model.module, "dear", False)
+    if first.counts.left <= EXCEPTIONS or dear or not any(f.code in MASKING for f in found):
         return replace(checked, findings=found)
     rows = torch.arange(min(len(data), _LOOKED_AT))
     bench, bare = Bench(data.batch(rows), data.labels[rows], threat, device), replace(model, smoothing=None)
