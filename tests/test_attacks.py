@@ -660,7 +660,7 @@ def test_seeds_change_what_is_drawn_and_nothing_else() -> None:
         (torch.zeros(2, 3).long(), torch.zeros(2).long(), "floating-point inputs", None),
         (torch.zeros(2, 3), torch.zeros(2), "integer labels", None),
         (torch.full((2, 3), 1.5), torch.zeros(2).long(), "2 of 2 samples outside", "input-outside-box"),
-        (torch.tensor([[0.0], [math.nan]]), torch.zeros(2).long(), "first: 1", "input-outside-box"),
+        (torch.tensor([[0.0], [math.nan]]), torch.zeros(2).long(), "sample 1", "non-finite-input"),
         (torch.zeros(2, 3), torch.tensor([0, 2]), "from 0 to 1", "bad-logits"),
     ],
 )
