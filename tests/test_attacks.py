@@ -115,16 +115,23 @@ def test_every_attack_of_the_registry_is_checked() -> None:
 
 
 def each_norm() -> Iterator[Any]:
-    """Yield every attack with each of its norms; a preset, whose parts are checked too, is slow but in one."""
+    """Yield every attack with each of its norms: all threats in the first one, half of them in the others, all if slow.
+
+    A preset, whose parts are checked too, is slow but in one.
+    """
     for name in SHORT:
         preset = not isinstance(attacks.ATTACKS[name], type)
-        for k, norm in enumerate(attacks.ATTACKS.traits(name)["norm"]):
-            yield pytest.param(name, norm, marks=pytest.mark.slow if preset and k else ())
+        first, *others = attacks.ATTACKS.traits(name)["norm"]
+        yield pytest.param(name, first, False, id=f"{name}-{first}")
+        for norm in others:
+            yield pytest.param(name, norm, False, id=f"{name}-{norm}", marks=pytest.mark.slow)
+            if not preset:
+                yield pytest.param(name, norm, True, id=f"{name}-{norm}-quick")
 
 
-@pytest.mark.parametrize(("name", "norm"), [*each_norm()])
-def test_every_attack_keeps_the_contract(name: str, norm: str) -> None:
-    check_attack(attacks.get(name, **SHORT[name]), norms=(norm,))
+@pytest.mark.parametrize(("name", "norm", "quick"), [*each_norm()])
+def test_every_attack_keeps_the_contract(name: str, norm: str, quick: bool) -> None:
+    check_attack(attacks.get(name, **SHORT[name]), norms=(norm,), quick=quick)
 
 
 @pytest.mark.parametrize("attack", VARIANTS, ids=lambda a: type(a).__name__)

@@ -13,6 +13,7 @@ from torch import nn
 import assay
 from assay.attacks import Outcome, Runnable
 from assay.core.errors import AssayError, RunError, ThreatError
+from assay.core.registry import UsageError
 from assay.evaluation import Plan, Round, course, plan_for
 from assay.evaluation.block import Job, run_block
 from assay.runs import SAMPLES, Run
@@ -61,7 +62,7 @@ def test_the_figures_are_the_counts_of_the_table(whole):
     low, high = whole.interval("robust", confidence=0.99)
     assert low < whole.robust_accuracy < high
     assert whole.certified_accuracy is None
-    with pytest.raises(ValueError, match="not measured"):
+    with pytest.raises(UsageError, match="this run measured"):
         whole.interval("certified")
 
 

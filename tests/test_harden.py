@@ -116,6 +116,13 @@ def test_parameters_that_are_frozen_stay_as_they_are(tmp_path: Path) -> None:
         assay.harden(net, blobs(), "linf:0.1", epochs=1, out=out, **FAST)
 
 
+def test_a_network_that_is_frozen_as_a_whole_as_one_from_a_file_is_trained() -> None:
+    net = small().requires_grad_(False)
+    hardened = assay.harden(net, blobs(), "linf:0.1", epochs=1, **FAST)
+    assert not torch.equal(hardened.net[0].weight, net[0].weight)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
 @pytest.mark.parametrize("average", ["ema", "swa"])
 def test_averaged_weights_are_what_is_kept(average: str) -> None:
     how = {**FAST, "average": average, "swa_from": 0.3, "select": "last"}
@@ -369,7 +376,6 @@ def test_a_training_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
         (UsageError, "epochs: a whole number of at least 1; found 1.5", {"epochs": 1.5}),
         (UsageError, "epochs: a whole number of at least 1; found '1'", {"epochs": "1"}),
         (ModelError, "logits; found probabilities. Remove the last softmax", {"net": small().append(nn.Softmax(1))}),
-        (ModelError, r"requires_grad_\(True\) on what is to be trained", {"net": small().requires_grad_(False)}),
         (UsageError, "init=keep", {"net": small()[:1].requires_grad_(False).extend(small()[1:]), "init": "ibp"}),
     ],
 )

@@ -32,6 +32,7 @@ def check_attack(
     norms: tuple[str, ...] | None = None,
     model: Model | nn.Module | None = None,
     shape: tuple[int, ...] = (3, 6, 6),
+    quick: bool = False,
 ) -> None:
     """Check that an attack keeps the rules that every attack of assay keeps.
 
@@ -44,6 +45,7 @@ def check_attack(
         norms: names of the norms to try; None for those that the attack names, else linf and l2.
         model: a classifier of inputs (b, *shape); None for a small convolutional network, or a dense one.
         shape: of one sample.
+        quick: try half of the threats, where an attack takes them with and without an eps.
 
     Raises:
         AssertionError: a rule is broken; the message says which.
@@ -57,7 +59,7 @@ def check_attack(
     model = net if isinstance(net, Model) else Model(net)
     named: tuple[str, ...] = getattr(attack, "norms", ("linf", "l2"))
     for norm in norms or named:
-        case = _Case.of(attack, model, norm, shape)
+        case = _Case.of(attack, model, norm, shape, quick=quick)
         for rule in RULES:
             if not (rule in _OF_ONE_SAMPLE and getattr(attack, "shared", False)):
                 rule(case)
@@ -75,17 +77,18 @@ class _Case:
     y: Labels
     second: Labels
     """The class that the model likes second best."""
+    quick: bool
     usual: dict[tuple[Threat, bool], Result] = field(default_factory=dict)
     """What plain calls gave: several rules look at them, and at what the attack itself claimed of all samples."""
     claims: "dict[Threat, tuple[Mask, Mask, Inputs]]" = field(default_factory=dict)
 
     @classmethod
-    def of(cls, attack: Runnable, model: Model, norm: str, shape: tuple[int, ...]) -> "_Case":
+    def of(cls, attack: Runnable, model: Model, norm: str, shape: tuple[int, ...], *, quick: bool) -> "_Case":
         box = model.domain
         x = box.lo + box.width * (0.2 + 0.6 * Draws.of(7, torch.arange(SAMPLES)).uniform(shape))
         with model.frozen("cpu") as live, torch.no_grad():
             ranked = live(x).argsort(dim=1, descending=True)
-        return cls(attack, model, norm, x, ranked[:, 0], ranked[:, 1])
+        return cls(attack, model, norm, x, ranked[:, 0], ranked[:, 1], quick)
 
     def threats(self) -> Iterator[tuple[Threat, Labels]]:
         """Yield the threats to try, each with its labels: targeted or not, and without eps where the attack can."""
@@ -96,7 +99,7 @@ class _Case:
         if getattr(self.attack, "sizeless", False):
             sizes = (None,)
         for targeted, y in ((False, self.y), (True, self.second)):
-            for size in sizes:
+            for size in sizes if not self.quick or len(sizes) == 1 else sizes[int(targeted) :][:1]:
                 yield Threat(self.norm, size, targeted=targeted), y
 
     def result(self, threat: Threat, y: Labels, *, full: bool = False) -> Result:

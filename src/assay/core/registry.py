@@ -100,9 +100,9 @@ def build(make: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
 
 
 def check_numbers(value: Any, name_of: Callable[[Any], str] = lambda v: type(v).__name__) -> None:
-    """Refuse numbers that no parameter of ours can be: negative, not finite, or no whole ones, in nested dataclasses.
+    """Refuse numbers that no parameter of our attacks can be: negative, not finite, or no whole ones.
 
-    Those of others, of whatever sign, are their matter.
+    Attacks inside others are looked at, too. Numbers of other people's attacks, of whatever sign, are their matter.
 
     Raises:
         UsageError: naming the parameter.
@@ -110,7 +110,7 @@ def check_numbers(value: Any, name_of: Callable[[Any], str] = lambda v: type(v).
     if isinstance(value, tuple | list):
         for v in value:
             check_numbers(v, name_of)
-    if not dataclasses.is_dataclass(value) or not type(value).__module__.startswith("assay."):
+    if not dataclasses.is_dataclass(value) or not type(value).__module__.startswith("assay.attacks."):
         return
     for f in dataclasses.fields(value):
         v, whole = getattr(value, f.name), isinstance(f.default, int)

@@ -117,7 +117,7 @@ def harden(
     Args:
         net: an ``nn.Module`` that takes inputs in [0, 1], an :class:`assay.Model` of one (its box and normalisation
             are kept), or a MODEL form of the command line. Training starts from its weights; parameters that require no
-            gradient stay as they are.
+            gradient stay as they are, unless none requires one.
         train: ``(x, y)``, a dataset, a loader, or a DATA form of the command line.
         threat: with an eps: what to train against.
         method: the name of a training method, ``assay.hardening.OBJECTIVES.names()``, or an objective.
@@ -272,9 +272,6 @@ def _model(net: Any) -> Model:
     model = load_model(net) if isinstance(net, str | Path) else net if isinstance(net, Model) else Model(net)
     if model.module is None or not any(p.is_floating_point() for p in model.module.parameters()):
         raise ModelError("a torch.nn.Module with parameters", type(model.net).__name__, "Pass the network itself.")
-    if not any(p.requires_grad for p in model.module.parameters()):
-        remedy = "Call requires_grad_(True) on what is to be trained."
-        raise ModelError("parameters to train", "none that requires a gradient", remedy)
     if model.probabilities:
         raise _softmax()
     return model
@@ -287,9 +284,10 @@ def _softmax() -> ModelError:
 
 
 def _frozen(model: Model, how: Settings) -> list[str]:
-    """Return the names of the parameters that stay as they are."""
+    """Return the names of the parameters that stay as they are: none, where no gradient is wanted of any."""
     assert model.module is not None
     frozen = [name for name, p in model.module.named_parameters() if not p.requires_grad]
+    frozen = [] if len(frozen) == len([*model.module.parameters()]) else frozen
     if frozen and how.init == "ibp":
         raise UsageError("init=keep where parameters are frozen", "init=ibp, which draws all anew", "Leave init out.")
     return frozen
@@ -375,9 +373,14 @@ _ASKED: Final = 32
 
 
 def _copied(model: Model, seed: int, how: Settings) -> Model:
-    """Return the model with a copy of its network, which is what is trained."""
+    """Return the model with a copy of its network, which is what is trained: all of it, if all is frozen.
+
+    So is what comes out of a file.
+    """
     net = copy.deepcopy(model.module)
     assert net is not None
+    if not any(p.requires_grad for p in net.parameters()):
+        net.requires_grad_(True)
     if how.init == "ibp":
         ibp_init(net, seed)
     return Model(net.float(), model.box, model.mean, model.std, name=model.name)
