@@ -79,8 +79,9 @@ class _Case:
     """The class that the model likes second best."""
     quick: bool
     usual: dict[tuple[Threat, bool], Result] = field(default_factory=dict)
-    """What plain calls gave: several rules look at them, and at what the attack itself claimed of all samples."""
-    claims: "dict[Threat, tuple[Mask, Mask, Inputs]]" = field(default_factory=dict)
+    """What plain calls gave: several rules look at them."""
+    claims: dict[Threat, tuple[Mask, Mask, Inputs]] = field(default_factory=dict)
+    """Likewise what the attack itself claimed of all samples, what held of it, and the points."""
 
     @classmethod
     def of(cls, attack: Runnable, model: Model, norm: str, shape: tuple[int, ...], *, quick: bool) -> "_Case":
@@ -107,7 +108,7 @@ class _Case:
             self.usual[threat, full] = self.attack(self.model, self.x, y, threat, full=full)
         return self.usual[threat, full]
 
-    def ran(self, threat: Threat, y: Labels) -> "tuple[Mask, Mask, Inputs]":
+    def ran(self, threat: Threat, y: Labels) -> tuple[Mask, Mask, Inputs]:
         if threat not in self.claims:
             self.claims[threat] = _run(self, threat, y, torch.arange(SAMPLES))
         return self.claims[threat]
@@ -119,7 +120,7 @@ class _Case:
 
     def witnessed(self) -> "tuple[_Case, _Witness]":
         witness = _Witness(self.model.net)
-        return replace(self, model=replace(self.model, net=witness), usual={}), witness
+        return replace(self, model=replace(self.model, net=witness), usual={}, claims={}), witness
 
     def fresh(self, x: Inputs) -> Tensor:
         with self.model.frozen("cpu") as live, torch.no_grad():

@@ -126,7 +126,7 @@ def evaluate(
         show_cost(cost.within(max_passes, max_seconds), as_json=as_json)
         return
     name = [model, data, threat, effort, seed, limit, arch, box, mean, std, quantize, *([given] if given else [])]
-    name += [v for v in (prove, size, *([] if precision == "float32" else [precision])) if v]
+    name += [v for v in (prove, size, precision if precision != "float32" else None) if v]
     result = run_evaluation(
         loaded,
         samples,

@@ -99,7 +99,7 @@ def build(make: Callable[..., T], params: Mapping[str, Any], what: str) -> T:
     return make(**{n: _coerce(v, known[n].default, f"{what} {n}") for n, v in params.items()})
 
 
-def check_numbers(value: Any, name_of: Callable[[Any], str] = lambda v: type(v).__name__) -> None:
+def check_numbers(value: Any) -> None:
     """Refuse numbers that no parameter of our attacks can be: negative, not finite, or no whole ones.
 
     Attacks inside others are looked at, too. Numbers of other people's attacks, of whatever sign, are their matter.
@@ -109,16 +109,17 @@ def check_numbers(value: Any, name_of: Callable[[Any], str] = lambda v: type(v).
     """
     if isinstance(value, tuple | list):
         for v in value:
-            check_numbers(v, name_of)
+            check_numbers(v)
     if not dataclasses.is_dataclass(value) or not type(value).__module__.startswith("assay.attacks."):
         return
     for f in dataclasses.fields(value):
         v, whole = getattr(value, f.name), isinstance(f.default, int)
         if not isinstance(f.default, int | float) or isinstance(f.default, bool):
-            check_numbers(v, name_of)
+            check_numbers(v)
         elif not isinstance(v, int if whole else int | float) or not 0 <= v < math.inf:
             kind = "a whole number" if whole else "a finite number"
-            raise UsageError(f"{kind} of at least 0 for {f.name} of {name_of(value)}", repr(v), f"Usual: {f.default}.")
+            what = f"{kind} of at least 0 for {f.name} of {type(value).__name__}"
+            raise UsageError(what, repr(v), f"Usual: {f.default}.")
 
 
 def _coerce(value: Any, default: Any, what: str) -> Any:

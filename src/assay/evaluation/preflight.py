@@ -18,6 +18,7 @@ from assay.evaluation.health import EVEN, LINEAR, Bench, Health, averaged, gradi
 from assay.evaluation.ladder import State, mend
 from assay.evaluation.wrapping import check_wrapping
 from assay.models import Door, Live, Model
+from assay.models.model import are_probabilities
 from assay.threats import Box, Threat
 from assay.threats.problem import ROUNDING
 
@@ -119,7 +120,7 @@ def check_model(
             findings += _batch_dependence(live, x, z)
             with torch.no_grad():  # a network that notices when its layers are replaced is searched as it is
                 model = replace(model, tuned=not _differ(z, Door(live, len(x)).searched(x, rows.to(x.device))))
-        if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
+        if are_probabilities(z):
             findings.append(_PROBABILITIES)
             model = replace(model, probabilities=True)
     hits = (z.argmax(1) == y).nonzero()[:, 0]

@@ -36,6 +36,7 @@ from assay.hardening.task import Moment, Task, Tell
 from assay.models import Model
 from assay.models.fingerprint import fingerprint
 from assay.models.loaders import load_model
+from assay.models.model import are_probabilities
 from assay.nets import Normalise
 from assay.reports.training import write_history
 from assay.reports.training_live import showing
@@ -350,7 +351,7 @@ def _classes(model: Model, sources: Sequence[Data]) -> int:
         z = live(sources[0].batch(range(min(len(sources[0]), _ASKED))).to(live.device))
     if z.ndim != 2 or z.shape[1] < 2:
         raise ModelError("logits of shape (b, c) with c >= 2", f"{tuple(z.shape)}", "Return logits.", code="bad-logits")
-    if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3):
+    if are_probabilities(z):
         raise _softmax()
     box, c = model.domain, z.shape[1]
     for data in sources:

@@ -259,6 +259,11 @@ class Model:
         return out.double().clamp_min(_LEAST_PROBABILITY).log()
 
 
+def are_probabilities(z: Tensor) -> bool:
+    """Tell whether answers (b, c) are distributions: rows that are not negative and sum to 1."""
+    return bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3)
+
+
 _LEAST_PROBABILITY = 1e-300
 
 _ROUNDING = {"float32": ROUNDING, "bf16": 0.02}
