@@ -13,9 +13,8 @@ The *area* is that under robust accuracy against eps, up to the size d_max at wh
 nothing; *optimality* sets it between the best of all, sample by sample (1), and an attack that finds nothing (0).
 Everything in the cache for the same network and samples counts as "all", up to the passes of the table; for *overall*
 everything on any budget does. *Others* leaves out of "all" the rows of the same attack, ours and theirs: above 1, it
-is better than all other attacks together. A pair counts as its first attack; its second one, alone, is one of the
-others. *Ratio* is assay's median size over the smallest median of the same attack elsewhere. *Seconds* are of CPU
-time, on one thread.
+is better than all other attacks together. *Ratio* is assay's median size over the smallest median of the same attack
+elsewhere. *Seconds* are of CPU time, on one thread.
 
 Each row is kept under --cache, so that an interrupted run goes on where it stopped; --redo repeats what it names.
 
@@ -51,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import assay
-from assay.attacks.combine import Bisect, Cascade, Targets
+from assay.attacks.combine import Bisect, Targets
 from assay.models.demo.nets import mnist_cnn
 
 NORMS = ("linf", "l2", "l1", "l0")
@@ -210,8 +209,6 @@ def ours(norm: str) -> dict[tuple[str, str], Callable[[int], Any]]:
     made: dict[tuple[str, str], Callable[[int], Any]] = {
         (name, ""): partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal", access="gradient")
     }
-    second = {"linf": "fmn", "l2": "fab", "l1": "fmn", "l0": "cw-l0"}[norm]
-    made["inward", second] = partial(paired, second)
     if norm == "l0":
         return made
     made["fab", "targets"] = targeted
@@ -233,12 +230,6 @@ def sized(name: str, budget: int) -> Any:
         steps = max(SHORTEST, queries // attack.rounds)
         return replace(attack, steps=steps, rounds=max(1, min(attack.rounds, queries // steps)))
     return replace(attack, steps=max(1, queries)) if "steps" in knobs else attack
-
-
-def paired(second: str, budget: int) -> Any:
-    """Return walks from outside and a second opinion, which gets a fifth of the budget (l0: a third)."""
-    part = budget // (3 if second == "cw-l0" else 5)
-    return Cascade((sized("inward", budget - part), sized(second, part)))
 
 
 def targeted(budget: int) -> Any:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from assay import Threat
 from assay.attacks import EAD, BrendelBethge, CarliniWagner, Runnable, Targets
-from assay.attacks.minimum.brendel_bethge import Region
+from assay.attacks.minimum.region import Region
 from assay.core.types import choose
 from assay.models import Model
 from assay.threats.norms import NORMS

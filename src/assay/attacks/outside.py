@@ -1,5 +1,7 @@
 """Where walks from outside begin: at what most networks call something else."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -16,3 +18,13 @@ def smooth_noise(p: Problem) -> Inputs:
     else:
         u = p.draws.normal(shape, dtype)
     return p.box.lo + p.box.width * torch.sigmoid(3 * u)
+
+
+def blended(p: Problem, share: float) -> Inputs:
+    """Return the clean inputs blended with that share of smooth noise."""
+    return p.x0 + share * (smooth_noise(p) - p.x0)
+
+
+def walk_length(steps: int, walk: int) -> int:
+    """Return the length, near ``walk``, of walks that share ``steps`` evenly."""
+    return math.ceil(steps / max(1, round(steps / walk)))

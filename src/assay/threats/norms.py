@@ -231,4 +231,9 @@ def largest(score: Inputs, count: int | Tensor) -> Inputs:
     return torch.zeros_like(flat).scatter(1, order, kept).view(score.shape)
 
 
+def toward_zero(d: Inputs, by: Inputs) -> Inputs:
+    """Move every coordinate towards zero by the given length, and no further: the proximal operator of l1."""
+    return d.sign() * (d.abs() - by).clamp_min(0)
+
+
 NORMS: dict[str, Norm] = {n.name: n for n in (Linf(), L2(), L1(), L0())}

@@ -9,6 +9,7 @@ import torch
 from assay.attacks.loop import GradientAttack, HasX
 from assay.attacks.losses import margin
 from assay.attacks.minimum.boundary import nudge
+from assay.attacks.minimum.region import along_boundary
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Door, Gradient
 from assay.threats.norms import L2, TINY
@@ -18,6 +19,9 @@ from assay.threats.problem import Problem
 _L2 = L2()
 _STABLE = 1e-8
 """Added to the root of the second moment, as in the papers."""
+
+_REACH, _BEYOND = (0.25, 0.02), 0.005
+"""How near is near for l1, first and last, and how far behind the boundary is aimed: shares, as in Brendel-Bethge."""
 
 
 def cosine(k: int, steps: int, first: float, last: float) -> float:
@@ -31,11 +35,6 @@ def unit(p: Problem, grad: Inputs, k: int) -> Inputs:
     if flat.any():
         grad = choose(flat, p.draws.fold(k).normal(grad.shape[1:], grad.dtype), grad)
     return _L2.steepest(grad)
-
-
-def toward_zero(d: Inputs, by: Inputs) -> Inputs:
-    """Move every coordinate towards zero by the given length, and no further."""
-    return d.sign() * (d.abs() - by).clamp_min(0)
 
 
 def linear_size(p: Problem, e: Gradient) -> PerSample:
@@ -82,6 +81,7 @@ class Descending(NamedTuple, Generic[S]):
     ahead: Inputs  # where the boundary, linear as at best, is nearest to the clean input
     share: PerSample  # of the way from best to there that is tried next
     gap: PerSample  # the margin at best
+    beyond: PerSample  # l1 only: how far behind the boundary is aimed; twice as far after each failure
 
     def seen(self, p: Problem, success: Mask) -> "Descending[S]":
         """Return the state after x was asked."""
@@ -106,6 +106,17 @@ class Descending(NamedTuple, Generic[S]):
         x = choose(found & (share < 1), x, ahead)
         return self._replace(x=x.clamp(p.lower, p.upper), ahead=ahead, share=share, gap=margins)
 
+    def sparser(self, p: Problem, e: Gradient, j: int, closing: int) -> "Descending[S]":
+        """Return the state after query j of those that close in for l1: one try as for other norms, then regions."""
+        found, after = self.size.isfinite(), self.closer(p, e)
+        beyond = torch.where(e.success, _BEYOND, 2 * self.beyond)
+        step = along_boundary(p, self.x, e, p.norm, cosine(j, closing, *_REACH), beyond).clamp(p.lower, p.upper)
+        if j == 0:
+            return after._replace(ahead=choose(found, step, after.ahead))
+        if j == 1:  # where that try failed, it goes on from the point before
+            step, beyond = choose(e.success, step, self.ahead), torch.full_like(beyond, _BEYOND)
+        return after._replace(x=choose(found, step, after.x), beyond=beyond)
+
 
 class Descent(GradientAttack[Descending[S]]):
     """A descent of ``steps`` steps, after which ``closing`` more close in on the clean input along the boundary.
@@ -114,7 +125,9 @@ class Descent(GradientAttack[Descending[S]]):
     that plane, inside the box, and 0.1 % beyond. s doubles (to at most 1) after a success, else it falls to
     where the margin is zero if linear in between, and a little more, by half at most. Without
     a success so far, h is nearest to the point asked last, and s = 1. For l0, h has the fewest changes, and x as
-    many as s says. Where the model is linear, the first of these steps arrives.
+    many as s says. For l1, h is few large changes, where the gradient at z says little: from the second step on, x is
+    the best point that is near the last one (:func:`along_boundary`). Where the model is linear, the first of these
+    steps arrives.
     """
 
     __slots__ = ()
@@ -137,7 +150,7 @@ class Descent(GradientAttack[Descending[S]]):
     @final
     def init(self, p: Problem) -> Descending[S]:
         part = self.first(p)
-        return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5), p.full(0.0))
+        return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5), p.full(0.0), p.full(_BEYOND))
 
     @final
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
@@ -149,7 +162,7 @@ class Descent(GradientAttack[Descending[S]]):
     def update(self, p: Problem, s: Descending[S], e: Gradient, k: int) -> Descending[S]:
         s = s.seen(p, e.success)
         if k >= self.steps:
-            return s.closer(p, e)
+            return s.sparser(p, e, k - self.steps, self.closing) if p.norm.name == "l1" else s.closer(p, e)
         part = self.descend(p, s.part, e, k)
         ends = self.closing > 0 and k + 1 == self.steps
         x = choose(s.size.isfinite(), s.best, part.x) if ends else part.x

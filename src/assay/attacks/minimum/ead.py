@@ -8,11 +8,10 @@ import torch
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
 from assay.attacks.minimum.carlini_wagner import Weight, short
-from assay.attacks.minimum.descent import toward_zero
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
-from assay.threats.norms import TINY
+from assay.threats.norms import TINY, toward_zero
 from assay.threats.problem import Problem
 
 

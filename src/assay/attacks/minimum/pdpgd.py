@@ -6,13 +6,13 @@ from typing import ClassVar, final
 import torch
 
 from assay.attacks.losses import margin
-from assay.attacks.minimum.descent import Descent, toward_zero
+from assay.attacks.minimum.descent import Descent
 from assay.attacks.minimum.pdgd import PrimalDualState, broken, linear
 from assay.attacks.registry import ATTACKS
 from assay.core.registry import one_of
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
-from assay.threats.norms import TINY
+from assay.threats.norms import TINY, toward_zero
 from assay.threats.problem import Problem
 
 
