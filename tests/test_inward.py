@@ -5,7 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from assay import Threat
-from assay.attacks import FMN, Cascade, Inward, Restarts, Targets
+from assay.attacks import FAB, FMN, Cascade, Inward, Restarts, Runnable, Targets
+from assay.attacks.minimum import inward
+from assay.attacks.outside import blended
+from assay.threats.problem import Problem
 from minimal_cases import Planes, TinyNet, by_search, inputs, labels, least
 
 NORMS = ("linf", "l2", "l1", "l0")
@@ -67,12 +70,29 @@ class Plateau(nn.Module):
         return torch.stack([-z, z], 1)
 
 
-def test_walks_from_outside_come_down_to_a_boundary_that_the_clean_input_does_not_see() -> None:
+@pytest.mark.parametrize("attack", [Inward(steps=200), FAB(steps=160)], ids=lambda a: type(a).__name__)
+def test_walks_from_outside_come_down_to_a_boundary_that_the_clean_input_does_not_see(attack: Runnable) -> None:
     x = 0.5 + 0.1 * (inputs((1, 8, 8), b=6) - 0.5)
     y = labels(Plateau(), x)
     exact = 0.5 - (x.flatten(1) - 0.5).norm(dim=1)
-    r = Inward(steps=200)(Plateau(), x, y, Threat("l2"))
+    r = attack(Plateau(), x, y, Threat("l2"))
     assert (r.size <= exact * 1.02).all(), r.size / exact
+
+
+def test_walks_that_cannot_become_the_best_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = TinyNet(), inputs((2,), b=12)
+    y, steps = labels(net, x), 200
+    starts: list[int] = []
+
+    def counted(p: Problem, share: float) -> Tensor:
+        starts.append(len(p))
+        return blended(p, share)
+
+    monkeypatch.setattr(inward, "blended", counted)
+    Inward(steps=steps)(net, x, y, Threat("l2"))
+    walks = 0.9 * steps / Inward().walk * len(x)
+    assert walks < sum(starts) < 4 * walks
+    assert len(starts) > walks / len(x)  # each sample starts again when its own walk is over
 
 
 def test_without_an_eps_combinations_keep_the_smallest_of_all_parts() -> None:

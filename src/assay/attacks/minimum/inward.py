@@ -40,9 +40,9 @@ class Inward(Descent[InwardState]):
     with hardened or masked surroundings of the clean input, its gradient leads to poor corners of the boundary, and
     walks from outside find better ones. From the middle of the budget on they start around the best point so far:
     halfway to it, blended a little less. A walk ends early where its ball could not become smaller than the best point
-    even if three in four of its other steps met the goal. The last tenth goes on from the best point: for l2 and l1
-    along the boundary (:class:`BrendelBethge`) if it is 20 steps or more, else as a walk with small a and g; then it
-    closes in (:class:`Descent`).
+    even if all its other steps met the goal. The last tenth goes on from the best point: for l2 and l1 along the
+    boundary (:class:`BrendelBethge`) if it is 20 steps or more, else as a walk with small a and g; then it closes in
+    (:class:`Descent`).
 
     *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, one less backwards.
 
@@ -106,7 +106,8 @@ class Inward(Descent[InwardState]):
         first = _SHRINK[p.norm.name] if self.shrink is None else self.shrink
         strides = [cosine(j, length, 1, 0.02) for j in range(length)]
         shrinks = [cosine(j, length, first, 0.005) for j in range(length)]
-        smallest = [math.prod(1 - g for g in shrinks[j + 1 :]) ** _HOPE for j in range(length)]
+        hope = _HOPES[2 * k > self.steps]
+        smallest = [math.prod(1 - g for g in shrinks[j + 1 :]) ** hope for j in range(length)]
         stride, shrink, rest = p.x0.new_tensor([strides, shrinks, smallest])[:, s.place]
         x, radius = self._next(p, s, e, size, stride, shrink, k)
         over = (s.place == length - 1) | (radius * rest > s.least)
@@ -145,8 +146,9 @@ class Inward(Descent[InwardState]):
 _WALKS = 0.9
 """Share of the steps that walks get."""
 
-_HOPE = 0.75
-"""Share of its other steps that may meet the goal, where it is asked whether a walk can still become the best."""
+_HOPES = (1.0, 1.5)
+"""How much smaller a walk may still get, in shrinks of all its other steps: one from far out, and one around the best
+point, which is there to refine it."""
 
 _LAST = ((0.3, 0.006), (0.02, 0.001))
 """First and last stride, and first and last shrink, of the last walk."""
