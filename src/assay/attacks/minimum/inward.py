@@ -146,7 +146,7 @@ class Inward(Descent[InwardState]):
 _WALKS = 0.9
 """Share of the steps that walks get."""
 
-_HOPES = (1.0, 1.5)
+_HOPES = (1.0, 2.0)
 """How much smaller a walk may still get, in shrinks of all its other steps: one from far out, and one around the best
 point, which is there to refine it."""
 
