@@ -27,4 +27,4 @@ def blended(p: Problem, share: float) -> Inputs:
 
 def walk_length(steps: int, walk: int) -> int:
     """Return the length, near ``walk``, of walks that share ``steps`` evenly."""
-    return math.ceil(steps / max(1, round(steps / walk)))
+    return math.ceil(steps / max(1, round(steps / max(1, walk))))
