@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from assay.core.types import Inputs
@@ -20,8 +21,8 @@ def smooth_noise(p: Problem) -> Inputs:
     return p.box.lo + p.box.width * torch.sigmoid(3 * u)
 
 
-def blended(p: Problem, share: float) -> Inputs:
-    """Return the clean inputs blended with that share of smooth noise."""
+def blended(p: Problem, share: float | Tensor) -> Inputs:
+    """Return the clean inputs blended with that share of smooth noise; shares of their own as (b, 1, ...)."""
     return p.x0 + share * (smooth_noise(p) - p.x0)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple, final
 from assay.attacks.gradient.pgd import climb
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
-from assay.attacks.outside import smooth_noise
+from assay.attacks.outside import blended
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, per_sample
 from assay.models.door import Gradient, Loss
@@ -72,7 +72,7 @@ class Funnel(GradientAttack[FunnelState]):
     def init(self, p: Problem) -> FunnelState:
         least, most = self.blend
         b = least + (most - least) * p.stage(_BLEND).draws.uniform((), p.x0.dtype)
-        x = p.x0 + per_sample(b, p.x0) * (smooth_noise(p) - p.x0)
+        x = blended(p, per_sample(b, p.x0))
         if p.warm is not None:
             x = (x + 0.5 * (p.warm - p.x0)).clamp(p.box.lo, p.box.hi)
         mouth = (p.size(x) / p.radius.clamp_min(TINY)).clamp_min(1)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -104,16 +105,13 @@ class Inward(Descent[InwardState]):
         """Return the state after a step of a walk, or at the start of the next one."""
         length = max(self.walk // 2 if p.norm.name == "l0" else self.walk, 1)
         first = _SHRINK[p.norm.name] if self.shrink is None else self.shrink
-        strides = [cosine(j, length, 1, 0.02) for j in range(length)]
-        shrinks = [cosine(j, length, first, 0.005) for j in range(length)]
-        hope = _HOPES[2 * k > self.steps]
-        smallest = [math.prod(1 - g for g in shrinks[j + 1 :]) ** hope for j in range(length)]
-        stride, shrink, rest = p.x0.new_tensor([strides, shrinks, smallest])[:, s.place]
+        near = 2 * k > self.steps
+        stride, shrink, rest = p.x0.new_tensor(_schedule(length, first, _HOPES[near]))[:, s.place]
         x, radius = self._next(p, s, e, size, stride, shrink, k)
         over = (s.place == length - 1) | (radius * rest > s.least)
         rows = over.nonzero()[:, 0]
         if len(rows):
-            start, reach = self._start(p.take(rows), s.best[rows], s.least[rows], k)
+            start, reach = self._start(p.take(rows).stage(k), s.best[rows], s.least[rows], near=near)
             x, radius = x.index_copy(0, rows, start), radius.index_copy(0, rows, reach)
         return s._replace(x=x, radius=radius, place=torch.where(over, 0, s.place + 1))
 
@@ -134,10 +132,9 @@ class Inward(Descent[InwardState]):
         x = p.project(s.x + per_sample(move, s.x) * direction, radius)
         return x, torch.where(e.success | s.radius.isfinite(), radius, torch.inf)
 
-    def _start(self, p: Problem, best: Inputs, least: PerSample, k: int) -> tuple[Inputs, PerSample]:
-        """Return where a walk starts after query k, and the radius of its ball."""
-        near = 2 * k > self.steps
-        x = blended(p.stage(k), (0.8 if near else 1) * self.blend)
+    def _start(self, p: Problem, best: Inputs, least: PerSample, *, near: bool) -> tuple[Inputs, PerSample]:
+        """Return where a walk starts, and the radius of its ball."""
+        x = blended(p, (0.8 if near else 1) * self.blend)
         if near:
             x = choose(least.isfinite(), x + 0.5 * (best - p.x0), x).clamp(p.lower, p.upper)
         return x, torch.minimum(p.size(x), _REACH[p.norm.name] * least)
@@ -167,6 +164,15 @@ _SHRINK = {"linf": 0.1, "l2": 0.4, "l1": 0.5, "l0": 0.28}
 
 _STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 1.0}
 """First stride of a walk, as a share of the radius (l0: of the box, for each coordinate)."""
+
+
+@cache
+def _schedule(length: int, first: float, hope: float) -> list[list[float]]:
+    """Return for each place in a walk a, g, and to what share of its radius the places after it may bring it."""
+    strides = [cosine(j, length, 1, 0.02) for j in range(length)]
+    shrinks = [cosine(j, length, first, 0.005) for j in range(length)]
+    smallest = [math.prod(1 - g for g in shrinks[j + 1 :]) ** hope for j in range(length)]
+    return [strides, shrinks, smallest]
 
 
 def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: float | PerSample) -> PerSample:
