@@ -1,7 +1,7 @@
 """Inward walks: to the boundary from outside, from many sides."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, NamedTuple, final
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from assay.attacks.losses import margin
 from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit
+from assay.attacks.minimum.refining import Ends, Round, Turn, turns
 from assay.attacks.minimum.region import along_boundary
+from assay.attacks.minimum.undoing import Changes
 from assay.attacks.outside import blended
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
@@ -19,13 +21,18 @@ from assay.threats.problem import Problem
 
 
 class InwardState(NamedTuple):
-    """Where the walk is, and the smallest success of all walks so far."""
+    """Where the walk is, and the smallest successes so far."""
 
     x: Inputs
     place: Tensor  # (b,) int64: steps of this walk so far
     radius: PerSample  # of the ball that the walk is in; inf before the first success of the one from the clean input
     best: Inputs
     least: PerSample  # size of best; inf where nothing succeeded
+    end: Inputs  # the smallest success of this walk
+    size: PerSample  # of end, or inf
+    ends: Ends  # as many as will be refined
+    normal: Inputs  # l2 and l1: mean of the gradients since the end that is refined, the last ones counting most
+    changes: Changes  # l0 only: of the end that is refined
 
 
 @final
@@ -39,17 +46,21 @@ class Inward(Descent[InwardState]):
     is the sign for linf, else the gradient divided by its l2 length. The first walk starts at the clean input. The next
     ones start at x0 + ``blend`` (u - x0), u a smooth random image, which most networks call something else: on networks
     with hardened or masked surroundings of the clean input, its gradient leads to poor corners of the boundary, and
-    walks from outside find better ones. From the middle of the budget on they start around the best point so far:
-    halfway to it, blended a little less. A walk ends early where its ball could not become smaller than the best point
-    even if all its other steps met the goal. The last tenth goes on from the best point: for l2 and l1 along the
-    boundary (:class:`BrendelBethge`) if it is 20 steps or more, else as a walk with small a and g; then it closes in
-    (:class:`Descent`).
+    walks from outside find better ones. From the middle of the budget on (l1 and l0: from a third) they start around
+    the best point so far: halfway to it, blended a little less. A walk ends early where its ball could not become
+    smaller than the best point even if all its other steps met the goal.
+
+    The last steps refine what walks ended at: for l2 and l1 along the boundary (:class:`BrendelBethge`), for l0 by
+    undoing changes, the least first. In l1 and l0 the best ends of several walks are refined, each in its turn, for
+    their sizes do not tell which of them leads to the smallest point; in l1 the best of these once more. For linf, and
+    where steps are too few for that, the last tenth goes on from the best point as a walk with small a and g. Then it
+    closes in (:class:`Descent`).
 
     *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, one less backwards.
 
     Args:
         steps: number of steps of all walks together.
-        walk: steps of one walk (l0: half of them).
+        walk: steps of one walk; None for 20 in linf and l2, 15 in l1, 6 in l0.
         blend: share of the smooth noise in the start of a walk.
         shrink: g at the start of a walk; None for 0.1 in linf, 0.4 in l2, 0.5 in l1, 0.28 in l0.
         closing: further steps that close in on the clean input.
@@ -74,7 +85,7 @@ class Inward(Descent[InwardState]):
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     steps: int = 490
-    walk: int = 20
+    walk: int | None = None
     blend: float = 0.5
     shrink: float | None = None
     closing: int = 8
@@ -82,35 +93,73 @@ class Inward(Descent[InwardState]):
 
     def first(self, p: Problem) -> InwardState:
         place = torch.zeros(len(p), dtype=torch.int64, device=p.x0.device)
-        return InwardState(p.start("clean"), place, p.full(torch.inf), p.x0, p.full(torch.inf))
+        never, ends = p.full(torch.inf), Ends.none(p, max((turn.end + 1 for turn in self._turns(p)), default=0))
+        return InwardState(p.start("clean"), place, never, p.x0, never, p.x0, never, ends, p.x0, Changes.none(p))
 
     def descend(self, p: Problem, s: InwardState, e: Gradient, k: int) -> InwardState:
         size = p.size(s.x)
-        better = e.success & (size < s.least)
-        s = s._replace(best=choose(better, s.x, s.best), least=torch.where(better, size, s.least))
-        last = round(_WALKS * self.steps)
-        if k == last - 1:
-            found = s.least.isfinite()
-            return s._replace(x=choose(found, s.best, s.x), radius=torch.where(found, s.least, s.radius))
-        if k < last:
+        better, smaller = (e.success & (size < old) for old in (s.least, s.size))
+        s = s._replace(
+            best=choose(better, s.x, s.best),
+            least=torch.where(better, size, s.least),
+            end=choose(smaller, s.x, s.end),
+            size=torch.where(smaller, size, s.size),
+        )
+        refining = self._turns(p)
+        last = self.steps - len(refining) if refining else round(_WALKS * self.steps)
+        if k < last - 1:
             return self._walk(p, s, e, size, k)
+        found = s.least.isfinite()
+        if k == last - 1:
+            s = s._replace(ends=s.ends.joined(torch.arange(len(p), device=size.device), s.end, s.size))
+            x = s.ends.at(0, s.best) if refining else s.best
+            radius = torch.where(found, s.least, s.radius)
+            return s._replace(x=choose(found, x, s.x), radius=radius, size=p.full(torch.inf))
         stride, shrink = (cosine(k - last, self.steps - last, a, b) for a, b in _LAST)
         x, radius = self._next(p, s, e, size, stride, shrink, k)
-        if p.norm.name in _SMOOTH and self.steps - last >= _LONG:
-            ahead = along_boundary(p, s.x, e, p.norm, cosine(k - last, self.steps - last, 0.25, 0))
-            x = choose(s.least.isfinite(), ahead.clamp(p.lower, p.upper), x)
-        return s._replace(x=x, radius=radius)
+        s = s._replace(radius=radius)
+        if refining:
+            s = self._refine(p, s, e, *refining[k - last : k - last + 2])
+            x = choose(found, s.x, x)
+        return s._replace(x=x)
+
+    def _turns(self, p: Problem) -> tuple[Turn, ...]:
+        return turns(_ROUNDS[p.norm.name], self.steps)
+
+    def _refine(
+        self, p: Problem, s: InwardState, e: Gradient, turn: Turn, following: Turn | None = None
+    ) -> InwardState:
+        """Return the state after a step that refines an end, or at the start of the next turn."""
+        if p.norm.name == "l0":
+            s = s._replace(changes=s.changes.seen(p, s.x, e))
+        if turn.last and following:
+            ends = s.ends.refined(turn.end, s.end, s.size)
+            x = ends.at(following.end, s.best)
+            return s._replace(x=x, ends=ends, size=p.full(torch.inf), changes=Changes.none(p))
+        if p.norm.name == "l0":
+            x, changes = s.changes.undone(p)
+            return s._replace(x=x, changes=changes)
+        done = turn.place / max(turn.length - 1, 1)
+        memory = _MEMORY[p.norm.name] * (1 - done) if turn.place else 0
+        normal = memory * s.normal + (1 - memory) * e.grad
+        ahead = along_boundary(
+            p, s.x, replace(e, grad=normal), p.norm, cosine(turn.place, max(turn.length - 1, 1), 0.25, 0)
+        )
+        return s._replace(x=ahead.clamp(p.lower, p.upper), normal=normal)
 
     def _walk(self, p: Problem, s: InwardState, e: Gradient, size: PerSample, k: int) -> InwardState:
         """Return the state after a step of a walk, or at the start of the next one."""
-        length = max(self.walk // 2 if p.norm.name == "l0" else self.walk, 1)
+        length = max(_WALK[p.norm.name] if self.walk is None else self.walk, 1)
         first = _SHRINK[p.norm.name] if self.shrink is None else self.shrink
-        near = 2 * k > self.steps
+        near = k > _NEAR[p.norm.name] * self.steps
         stride, shrink, rest = p.x0.new_tensor(_schedule(length, first, _HOPES[near]))[:, s.place]
         x, radius = self._next(p, s, e, size, stride, shrink, k)
         over = (s.place == length - 1) | (radius * rest > s.least)
         rows = over.nonzero()[:, 0]
         if len(rows):
+            s = s._replace(
+                ends=s.ends.joined(rows, s.end[rows], s.size[rows]), size=torch.where(over, torch.inf, s.size)
+            )
             start, reach = self._start(p.take(rows).stage(k), s.best[rows], s.least[rows], near=near)
             x, radius = x.index_copy(0, rows, start), radius.index_copy(0, rows, reach)
         return s._replace(x=x, radius=radius, place=torch.where(over, 0, s.place + 1))
@@ -140,8 +189,26 @@ class Inward(Descent[InwardState]):
         return x, torch.minimum(p.size(x), _REACH[p.norm.name] * least)
 
 
+_ROUNDS: dict[str, tuple[Round, ...]] = {
+    "linf": (),
+    "l2": (Round(0.1, 20, 1),),
+    "l1": (Round(0.18, 14), Round(0.115, 26)),
+    "l0": (Round(0.2, 12),),
+}
+"""How ends are refined; several where the sizes of two rough ends do not tell which leads to the smaller point."""
+
+_MEMORY = {"l2": 0.0, "l1": 0.8}
+"""First weight of the gradients before, which falls to 0: the smallest points in l1 lie where faces of the boundary
+meet, and the gradient of one face alone leads away from there."""
+
 _WALKS = 0.9
-"""Share of the steps that walks get."""
+"""Share of the steps that walks get where no end is refined."""
+
+_WALK = {"linf": 20, "l2": 20, "l1": 15, "l0": 6}
+"""Steps of a walk: the fewer, the more is done by refining."""
+
+_NEAR = {"linf": 0.5, "l2": 0.5, "l1": 0.35, "l0": 0.35}
+"""Share of the steps after which walks start around the best point."""
 
 _HOPES = (1.0, 2.0)
 """How much smaller a walk may still get, in shrinks of all its other steps: one from far out, and one around the best
@@ -149,12 +216,6 @@ point, which is there to refine it."""
 
 _LAST = ((0.3, 0.006), (0.02, 0.001))
 """First and last stride, and first and last shrink, of the last walk."""
-
-_SMOOTH = ("l2", "l1")
-"""Norms in which following the boundary ends better than a last walk, where there is time for it."""
-
-_LONG = 20
-"""Fewest steps that this takes."""
 
 _REACH = {"linf": 6.0, "l2": 6.0, "l1": torch.inf, "l0": 1.3}
 """Largest radius that a walk starts with, in sizes of the best point: what it has steps to shrink from."""
