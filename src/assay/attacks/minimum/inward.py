@@ -223,7 +223,7 @@ _REACH = {"linf": 6.0, "l2": 6.0, "l1": torch.inf, "l0": 1.3}
 _SHRINK = {"linf": 0.1, "l2": 0.4, "l1": 0.5, "l0": 0.28}
 """First g of a walk: sparse walks are short, and radii that are counts fall in whole steps."""
 
-_STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 1.0}
+_STRIDE = {"linf": 0.33, "l2": 0.7, "l1": 0.3, "l0": 0.6}
 """First stride of a walk, as a share of the radius (l0: of the box, for each coordinate)."""
 
 
