@@ -4,7 +4,12 @@ Nothing heavy is imported before it is used: ``import assay`` alone loads neithe
 """
 
 import importlib
+import os
 from typing import Any
+
+# On some processors MKL sums a row in an order that depends on where it lies in memory, and so on its batch.
+# MKL reads this before its first product; whoever sets it otherwise is not overruled.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.1.0"
 

@@ -24,9 +24,8 @@ from assay.threats.threat import Box
 PAD = 8
 """Batches are filled up to a multiple of this many rows. CPU kernels treat the rows of a full block alike and those of
 a remainder differently; with full blocks a sample's logits and gradients do not depend on its batch, to the last bit,
-where the numbers of features in all layers but the last are multiples of 4. (Others leave rows unaligned: MKL sums
-them in another order, and vectorised activations have a scalar remainder. MKL_CBWR is no remedy: on two threads
-sums then depend on the batch where they did not.)"""
+where the numbers of features in all layers but the last are multiples of 4. (Others leave vectorised activations a
+scalar remainder. That MKL sums all rows in one order is asked for in ``assay/__init__.py``.)"""
 
 _CHANNELS_LAST_FROM = 16
 """Input channels from which convolutions on a CPU are faster in channels_last (see benchmarks/step_overhead.py)."""
