@@ -200,8 +200,12 @@ def test_ctrl_c_while_commands_are_still_imported_ends_with_130(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "assay.cli.app")
     monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
-    with pytest.raises(SystemExit) as end:
-        main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.value.code == 130
 
 
