@@ -90,7 +90,7 @@ def test_walks_that_cannot_become_the_best_make_room_for_others(monkeypatch: pyt
 
     monkeypatch.setattr(inward, "blended", counted)
     Inward(steps=steps)(net, x, y, Threat("l2"))
-    walks = 0.9 * steps / 20 * len(x)
+    walks = 0.9 * steps / inward._WALK["l2"] * len(x)
     assert walks < sum(starts) < 4 * walks
     assert len(starts) > walks / len(x)  # each sample starts again when its own walk is over
 
