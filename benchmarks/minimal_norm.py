@@ -60,6 +60,9 @@ PACKAGES["ART"] = "adversarial-robustness-toolbox"
 COST = {"deepfool": 10, "fab": 3, "superdeepfool": 4, "sparsefool": 4, "vfga": 12, "jsma": 3}
 """Passes a step (in each round, where an attack has rounds) of assay's attacks; 2 where nothing is said."""
 
+UNDOING = 1.8
+"""Passes a step of ``inward`` in l0, where every fifth step needs no gradient."""
+
 SHORTEST = 8
 """Steps of a round of assay's attacks at least: on small budgets rounds are fewer, not shorter."""
 
@@ -207,21 +210,22 @@ class Block(nn.Module):
 def ours(norm: str) -> dict[tuple[str, str], Callable[[int], Any]]:
     """Return assay's minimal-norm attacks for a norm: name and variant, and how each is made for a budget."""
     made: dict[tuple[str, str], Callable[[int], Any]] = {
-        (name, ""): partial(sized, name) for name in assay.attacks.names(norm=norm, kind="minimal", access="gradient")
+        (name, ""): partial(sized, name, norm) for name in assay.attacks.names(norm=norm, kind="minimal", access="gradient")
     }
     if norm == "l0":
         return made
     made["fab", "targets"] = targeted
-    return made | {(f"bisect({name})", ""): partial(bisected, name) for name in ("apgd", "pgd")}
+    return made | {(f"bisect({name})", ""): partial(bisected, name, norm) for name in ("apgd", "pgd")}
 
 
-def sized(name: str, budget: int) -> Any:
+def sized(name: str, norm: str, budget: int) -> Any:
     """Return the attack of that name with the steps that a budget buys, shared out among the rounds it may have."""
     attack = assay.attacks.get(name)
     knobs = {f.name for f in fields(attack)}
     closing = 2 * attack.closing if "closing" in knobs else 0
     # What is left is for the last queries and for verification.
-    queries = (budget - 5 - closing) // COST.get(name, 2)
+    cost = UNDOING if (name, norm) == ("inward", "l0") else COST.get(name, 2)
+    queries = int((budget - 5 - closing) / cost)
     if "starts" in knobs:  # these queries of each walk need no gradient
         queries = queries * 2 * attack.walk // (2 * attack.walk - attack.starts)
     if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds, each goes on from the last
@@ -240,13 +244,13 @@ def targeted(budget: int) -> Any:
     return Targets(replace(attack, steps=max(1, queries // 2)), count)
 
 
-def bisected(name: str, budget: int) -> Any:
+def bisected(name: str, norm: str, budget: int) -> Any:
     """Return a bisection over the radius, its rounds sharing the budget.
 
     A round ends at its first success, so that rounds half as long again fit; the limit on passes holds all the same.
     """
     rounds = 10
-    return Bisect(sized(name, 3 * budget // (2 * rounds)), rounds)
+    return Bisect(sized(name, norm, 3 * budget // (2 * rounds)), rounds)
 
 
 def run_ours(case: Case, row: Row) -> tuple[Tensor, float, float]:

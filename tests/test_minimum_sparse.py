@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from assay import Threat
 from assay.attacks import JSMA, VFGA, BrendelBethge, CarliniWagnerL0, CarliniWagnerLinf, Runnable
-from assay.attacks.minimum.undoing import Changes
+from assay.attacks.minimum.refining import End
 from assay.core.errors import AssayError
 from assay.core.random import Draws
 from assay.models import Model
@@ -123,7 +123,7 @@ def test_the_least_change_is_undone_first_and_the_others_go_to_the_edge() -> Non
     )
     x, grad = torch.tensor([[0.6, 0.4, 0.7, 0.5]]), torch.tensor([[1.0, -3.0, 0.2, 5.0]])  # worth 0.1, 0.3, 0.04
     won = Gradient(torch.tensor([True]), torch.tensor([0.1]), torch.zeros(1, 2), grad)
-    asked, left = Changes.none(p).seen(p, x, won).undone(p)
+    asked, left = End.none(p).seen(p, x, won).undone(p)
     assert asked.tolist() == [[1.0, 0.0, 0.5, 0.5]]
     asked, _ = left.undone(p)
     assert asked.tolist() == [[0.5, 0.0, 1.0, 0.5]]

@@ -142,8 +142,7 @@ class GradientAttack(StepAttack[S, Gradient]):
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
         if self.differentiates(k):
             return door.gradient(x, p, self.loss)
-        e = door.score(x, p, self.loss)
-        return Gradient(e.success, e.loss, e.logits, torch.zeros_like(x))
+        return without_gradient(door, x, p, self.loss)
 
     @final
     def rank(self, e: Gradient) -> PerSample:
@@ -151,6 +150,12 @@ class GradientAttack(StepAttack[S, Gradient]):
 
     def cost(self, k: int) -> int:
         return 2 if self.differentiates(k) else 1
+
+
+def without_gradient(door: Door, x: Inputs, p: Problem, loss: Loss) -> Gradient:
+    """Ask for the loss alone; zeros stand for its gradient."""
+    e = door.score(x, p, loss)
+    return Gradient(e.success, e.loss, e.logits, torch.zeros_like(x))
 
 
 class Around:

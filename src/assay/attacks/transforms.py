@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from assay.attacks.loop import Around, GradientAttack, HasX
+from assay.attacks.loop import Around, GradientAttack, HasX, without_gradient
 from assay.core.errors import DataError
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Logits, Mask, PerSample, Rows, choose, per_sample
@@ -362,8 +362,7 @@ class Transformed(Around, GradientAttack[TransformedState]):  # type: ignore[ove
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
         copy = k % self._round - self._plain
         if not self.differentiates(k):
-            e = door.score(x, p, self.loss)
-            return Gradient(e.success, e.loss, e.logits, torch.zeros_like(x))
+            return without_gradient(door, x, p, self.loss)
         if not copy and not self._plain:
             return door.gradient(x, p, self.loss)
 

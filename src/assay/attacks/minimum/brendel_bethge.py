@@ -8,8 +8,8 @@ import torch
 from assay.attacks.loop import GradientAttack
 from assay.attacks.losses import margin
 from assay.attacks.minimum.descent import cosine
+from assay.attacks.minimum.refining import End
 from assay.attacks.minimum.region import along_boundary
-from assay.attacks.minimum.undoing import Changes
 from assay.attacks.outside import smooth_noise, walk_length
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, Mask, PerSample, choose, per_sample
@@ -32,7 +32,7 @@ class BrendelBethgeState(NamedTuple):
     best: Inputs
     size: PerSample  # of best, or inf
     trust: PerSample  # by how much the radius is larger than the schedule says
-    changes: Changes  # l0 only
+    end: End  # l0 only: the sparsest success of this walk
 
 
 @final
@@ -103,7 +103,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         better = e.success & (size < s.size)
         s = s._replace(best=choose(better, s.x, s.best), size=torch.where(better, size, s.size))
         if p.norm.name == "l0":
-            s = s._replace(changes=s.changes.seen(p, s.x, e))
+            s = s._replace(end=s.end.seen(p, s.x, e))
         j, length = self._place(k)
         if j + 1 == length:
             return self._look(p, _fresh(p, p.x0), p.full(0.0) > 0, k)
@@ -119,8 +119,8 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         if p.norm.name == "l0":
             length -= min(self.undo, length // 4)
         if j >= length:
-            x, changes = s.changes.undone(p)
-            return s._replace(x=x, changes=changes)
+            x, end = s.end.undone(p)
+            return s._replace(x=x, end=end)
         norm = NORMS["l1"] if p.norm.name == "l0" and j < self.sparse * length else p.norm
         reach = cosine(j, length, self.reach, 0)
         trust = _trusted(p, s, e, reach) if j else s.trust
@@ -143,7 +143,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         ray, share = choose(over, ray, s.ray), torch.where(over, hope, (near + far) / 2)
         x = (p.x0 + per_sample(share, ray) * ray).clamp(p.lower, p.upper)
         near, far = torch.where(over, 0, near), torch.where(over, torch.inf, far)
-        return BrendelBethgeState(x, ray, near, far, s.best, s.size, s.trust, s.changes)
+        return BrendelBethgeState(x, ray, near, far, s.best, s.size, s.trust, s.end)
 
     def _search(self, p: Problem, x: Inputs, e: Gradient, j: int) -> Inputs:
         noise = p.draws.fold(j).uniform(x.shape[1:], x.dtype) * p.box.width + p.box.lo - x
@@ -163,7 +163,7 @@ def _trusted(p: Problem, s: BrendelBethgeState, e: Gradient, reach: float) -> Pe
 def _fresh(p: Problem, x: Inputs) -> BrendelBethgeState:
     """Return the state of a walk that knows nothing yet."""
     never = p.full(torch.inf)
-    return BrendelBethgeState(x, torch.zeros_like(x), p.full(0.0), never, x, never, p.full(1.0), Changes.none(p))
+    return BrendelBethgeState(x, torch.zeros_like(x), p.full(0.0), never, x, never, p.full(1.0), End.none(p))
 
 
 def _length(norm: Norm) -> Norm:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from assay.attacks.losses import margin
 from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit
-from assay.attacks.minimum.refining import Ends, Round, Turn, turns
+from assay.attacks.minimum.refining import End, Ends, Round, Turn, turns
 from assay.attacks.minimum.region import along_boundary
-from assay.attacks.minimum.undoing import Changes
 from assay.attacks.outside import blended
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
@@ -28,11 +27,10 @@ class InwardState(NamedTuple):
     radius: PerSample  # of the ball that the walk is in; inf before the first success of the one from the clean input
     best: Inputs
     least: PerSample  # size of best; inf where nothing succeeded
-    end: Inputs  # the smallest success of this walk
-    size: PerSample  # of end, or inf
+    end: End  # of this walk so far, or the one that is refined
     ends: Ends  # as many as will be refined
     normal: Inputs  # l2 and l1: mean of the gradients since the end that is refined, the last ones counting most
-    changes: Changes  # l0 only: of the end that is refined
+    turn: Tensor  # (b,) int64; l0: the end that is refined
 
 
 @final
@@ -47,20 +45,21 @@ class Inward(Descent[InwardState]):
     ones start at x0 + ``blend`` (u - x0), u a smooth random image, which most networks call something else: on networks
     with hardened or masked surroundings of the clean input, its gradient leads to poor corners of the boundary, and
     walks from outside find better ones. From the middle of the budget on (l1 and l0: from a third) they start around
-    the best point so far: halfway to it, blended a little less. A walk ends early where its ball could not become
-    smaller than the best point even if all its other steps met the goal.
+    the best point so far, in l0 around the best few in turn: halfway to it, blended a little less. A walk ends early
+    where its ball could not become smaller than the best point even if all its other steps met the goal.
 
     The last steps refine what walks ended at: for l2 and l1 along the boundary (:class:`BrendelBethge`), for l0 by
-    undoing changes, the least first. In l1 and l0 the best ends of several walks are refined, each in its turn, for
-    their sizes do not tell which of them leads to the smallest point; in l1 the best of these once more. For linf, and
-    where steps are too few for that, the last tenth goes on from the best point as a walk with small a and g. Then it
-    closes in (:class:`Descent`).
+    undoing changes, the least first, each once, which needs no gradient. In l1 and l0 the best ends of several walks
+    are refined, each in its turn, for their sizes do not tell which of them leads to the smallest point; in l1 the best
+    of these once more. For linf, and where steps are too few for that, the last tenth goes on from the best point as a
+    walk with small a and g. Then it closes in (:class:`Descent`).
 
-    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, one less backwards.
+    *Sees* the gradient. *Cost* ``steps`` + ``closing`` + 1 forwards, one less backwards, and in l0 a fifth of ``steps``
+    less.
 
     Args:
         steps: number of steps of all walks together.
-        walk: steps of one walk; None for 20 in linf and l2, 15 in l1, 6 in l0.
+        walk: steps of one walk; None for 20 in linf and l2, 15 in l1, 4 in l0.
         blend: share of the smooth noise in the start of a walk.
         shrink: g at the start of a walk; None for 0.1 in linf, 0.4 in l2, 0.5 in l1, 0.28 in l0.
         closing: further steps that close in on the clean input.
@@ -92,53 +91,57 @@ class Inward(Descent[InwardState]):
     loss: Loss = margin
 
     def first(self, p: Problem) -> InwardState:
-        place = torch.zeros(len(p), dtype=torch.int64, device=p.x0.device)
-        never, ends = p.full(torch.inf), Ends.none(p, max((turn.end + 1 for turn in self._turns(p)), default=0))
-        return InwardState(p.start("clean"), place, never, p.x0, never, p.x0, never, ends, p.x0, Changes.none(p))
+        number = torch.zeros(len(p), dtype=torch.int64, device=p.x0.device)
+        never, end, ends = p.full(torch.inf), End.none(p), Ends.none(p, self._kept(p))
+        return InwardState(p.x0, number, never, p.x0, never, end, ends, p.x0, number)
 
-    def descend(self, p: Problem, s: InwardState, e: Gradient, k: int) -> InwardState:
-        size = p.size(s.x)
-        better, smaller = (e.success & (size < old) for old in (s.least, s.size))
-        s = s._replace(
-            best=choose(better, s.x, s.best),
-            least=torch.where(better, size, s.least),
-            end=choose(smaller, s.x, s.end),
-            size=torch.where(smaller, size, s.size),
-        )
-        refining = self._turns(p)
-        last = self.steps - len(refining) if refining else round(_WALKS * self.steps)
-        if k < last - 1:
-            return self._walk(p, s, e, size, k)
-        found = s.least.isfinite()
-        if k == last - 1:
-            s = s._replace(ends=s.ends.joined(torch.arange(len(p), device=size.device), s.end, s.size))
-            x = s.ends.at(0, s.best) if refining else s.best
-            radius = torch.where(found, s.least, s.radius)
-            return s._replace(x=choose(found, x, s.x), radius=radius, size=p.full(torch.inf))
-        stride, shrink = (cosine(k - last, self.steps - last, a, b) for a, b in _LAST)
-        x, radius = self._next(p, s, e, size, stride, shrink, k)
-        s = s._replace(radius=radius)
-        if refining:
-            s = self._refine(p, s, e, *refining[k - last : k - last + 2])
-            x = choose(found, s.x, x)
-        return s._replace(x=x)
+    def _kept(self, p: Problem) -> int:
+        """Return the number of ends that are kept."""
+        return _KEPT if p.norm.name == "l0" else max((turn.end + 1 for turn in self._turns(p)), default=0)
 
     def _turns(self, p: Problem) -> tuple[Turn, ...]:
         return turns(_ROUNDS[p.norm.name], self.steps)
 
+    def _refining(self, p: Problem) -> int:
+        """Return the number of steps that refine ends: the last ones."""
+        return int(_UNDOING * self.steps) if p.norm.name == "l0" else len(self._turns(p))
+
+    def blind(self, p: Problem, k: int) -> bool:
+        return p.norm.name == "l0" and k >= self.steps - self._refining(p)
+
+    def descend(self, p: Problem, s: InwardState, e: Gradient, k: int) -> InwardState:
+        size = p.size(s.x)
+        better = e.success & (size < s.least)
+        end = s.end.tried(p, s.x, e.success) if self.blind(p, k) else s.end.seen(p, s.x, e)
+        s = s._replace(best=choose(better, s.x, s.best), least=torch.where(better, size, s.least), end=end)
+        refining = self._refining(p)
+        last = self.steps - refining if refining else round(_WALKS * self.steps)
+        if k < last - 1:
+            return self._walk(p, s, e, size, k)
+        if k == last - 1:
+            s = s._replace(ends=s.ends.joined(torch.arange(len(p), device=size.device), s.end), end=End.none(p))
+            radius = torch.where(s.least.isfinite(), s.least, s.radius)
+            if refining and p.norm.name == "l0":
+                return self._undo(p, s._replace(end=s.ends.at(0, s.best), radius=radius))
+            x = s.ends.at(0, s.best).x if refining else s.best
+            return s._replace(x=choose(s.least.isfinite(), x, s.x), radius=radius)
+        if self.blind(p, k):
+            return self._undo(p, s)
+        stride, shrink = (cosine(k - last, self.steps - last, a, b) for a, b in _LAST)
+        x, radius = self._next(p, s, e, size, stride, shrink, k)
+        s = s._replace(radius=radius)
+        if refining:
+            s = self._refine(p, s, e, *self._turns(p)[k - last : k - last + 2])
+            x = choose(s.least.isfinite(), s.x, x)
+        return s._replace(x=x)
+
     def _refine(
         self, p: Problem, s: InwardState, e: Gradient, turn: Turn, following: Turn | None = None
     ) -> InwardState:
-        """Return the state after a step that refines an end, or at the start of the next turn."""
-        if p.norm.name == "l0":
-            s = s._replace(changes=s.changes.seen(p, s.x, e))
+        """Return the state after a step along the boundary, or at the start of the next turn."""
         if turn.last and following:
-            ends = s.ends.refined(turn.end, s.end, s.size)
-            x = ends.at(following.end, s.best)
-            return s._replace(x=x, ends=ends, size=p.full(torch.inf), changes=Changes.none(p))
-        if p.norm.name == "l0":
-            x, changes = s.changes.undone(p)
-            return s._replace(x=x, changes=changes)
+            ends = s.ends.refined(turn.end, s.end)
+            return s._replace(x=ends.at(following.end, s.best).x, ends=ends, end=End.none(p))
         done = turn.place / max(turn.length - 1, 1)
         memory = _MEMORY[p.norm.name] * (1 - done) if turn.place else 0
         normal = memory * s.normal + (1 - memory) * e.grad
@@ -146,6 +149,13 @@ class Inward(Descent[InwardState]):
             p, s.x, replace(e, grad=normal), p.norm, cosine(turn.place, max(turn.length - 1, 1), 0.25, 0)
         )
         return s._replace(x=ahead.clamp(p.lower, p.upper), normal=normal)
+
+    def _undo(self, p: Problem, s: InwardState) -> InwardState:
+        """Return the state with the next change undone: of the next end, where this one cannot become the best."""
+        over = (s.end.left == 0) | (s.end.size - s.end.left >= s.least)
+        turn = (s.turn + over).clamp_max(_KEPT - 1)
+        x, end = s.end.replaced(over, s.ends.at(turn, s.best)).undone(p)
+        return s._replace(x=choose(end.size.isfinite(), x, s.x), end=end, turn=turn)
 
     def _walk(self, p: Problem, s: InwardState, e: Gradient, size: PerSample, k: int) -> InwardState:
         """Return the state after a step of a walk, or at the start of the next one."""
@@ -157,10 +167,10 @@ class Inward(Descent[InwardState]):
         over = (s.place == length - 1) | (radius * rest > s.least)
         rows = over.nonzero()[:, 0]
         if len(rows):
-            s = s._replace(
-                ends=s.ends.joined(rows, s.end[rows], s.size[rows]), size=torch.where(over, torch.inf, s.size)
-            )
-            start, reach = self._start(p.take(rows).stage(k), s.best[rows], s.least[rows], near=near)
+            ends = s.ends.joined(rows, s.end.take(rows))
+            s = s._replace(ends=ends, end=s.end.replaced(over, End.none(p)))
+            around = s.ends.at(k // length % _AROUND, s.best).x if p.norm.name == "l0" else s.best
+            start, reach = self._start(p.take(rows).stage(k), around[rows], s.least[rows], near=near)
             x, radius = x.index_copy(0, rows, start), radius.index_copy(0, rows, reach)
         return s._replace(x=x, radius=radius, place=torch.where(over, 0, s.place + 1))
 
@@ -193,9 +203,14 @@ _ROUNDS: dict[str, tuple[Round, ...]] = {
     "linf": (),
     "l2": (Round(0.1, 20, 1),),
     "l1": (Round(0.18, 14), Round(0.115, 26)),
-    "l0": (Round(0.2, 12),),
 }
 """How ends are refined; several where the sizes of two rough ends do not tell which leads to the smaller point."""
+
+_KEPT, _UNDOING = 24, 0.2
+"""In l0: number of ends that are kept, and the share of the steps that undoes their changes."""
+
+_AROUND = 4
+"""In l0: the best ends around which walks start in turn."""
 
 _MEMORY = {"l2": 0.0, "l1": 0.8}
 """First weight of the gradients before, which falls to 0: the smallest points in l1 lie where faces of the boundary
@@ -204,7 +219,7 @@ meet, and the gradient of one face alone leads away from there."""
 _WALKS = 0.9
 """Share of the steps that walks get where no end is refined."""
 
-_WALK = {"linf": 20, "l2": 20, "l1": 15, "l0": 6}
+_WALK = {"linf": 20, "l2": 20, "l1": 15, "l0": 4}
 """Steps of a walk: the fewer, the more is done by refining."""
 
 _NEAR = {"linf": 0.5, "l2": 0.5, "l1": 0.35, "l0": 0.35}

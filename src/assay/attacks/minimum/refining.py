@@ -5,38 +5,90 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from assay.core.types import Inputs, PerSample, choose
+from assay.core.types import Inputs, Mask, PerSample, Rows, choose
+from assay.models.door import Gradient
 from assay.threats.problem import Problem
 
 
+class End(NamedTuple):
+    """The smallest success of a walk and, in l0, what each of its changes brings to the margin."""
+
+    x: Inputs
+    size: PerSample  # inf where nothing succeeded
+    worth: Inputs  # as the gradient there says; inf where nothing changed, or was undone in vain; (b, 0) but for l0
+
+    @classmethod
+    def none(cls, p: Problem) -> "End":
+        worth = torch.full_like(p.x0, torch.inf) if p.norm.name == "l0" else p.x0.new_empty(len(p), 0)
+        return cls(p.x0, p.full(torch.inf), worth)
+
+    def seen(self, p: Problem, x: Inputs, e: Gradient) -> "End":
+        """Return the end after the walk came to x, and its gradient was asked."""
+        end, d = self.tried(p, x, e.success), x - p.x0
+        if p.norm.name != "l0":
+            return end
+        worth = torch.where(d == 0, torch.inf, e.grad * d)
+        return end._replace(worth=choose(end.size < self.size, worth, self.worth))
+
+    def tried(self, p: Problem, x: Inputs, success: Mask) -> "End":
+        """Return the end after x was asked: what is known of its changes stays."""
+        size = p.size(x)
+        smaller = success & (size < self.size)
+        return self._replace(x=choose(smaller, x, self.x), size=torch.where(smaller, size, self.size))
+
+    def undone(self, p: Problem) -> tuple[Inputs, "End"]:
+        """Return the next point to ask in l0, and the end with the changes that are then left to be undone.
+
+        The least of them is undone. The others become as large as the box allows, which costs nothing in l0.
+        """
+        worth = self.worth.flatten(1)
+        least = F.one_hot(worth.argmin(1), worth.shape[1]).bool().view(self.worth.shape)
+        d = self.x - p.x0
+        x = torch.where((d == 0) | least, p.x0, torch.where(d > 0, p.upper, p.lower))
+        return x, self._replace(worth=self.worth.masked_fill(least, torch.inf))
+
+    @property
+    def left(self) -> Tensor:
+        """The number of changes (b,) that are left to be undone."""
+        return self.worth.isfinite().flatten(1).sum(1)
+
+    def take(self, rows: Rows) -> "End":
+        return End(*(v[rows] for v in self))
+
+    def replaced(self, where: Mask, by: "End") -> "End":
+        return End(*(choose(where, new, old) for new, old in zip(by, self, strict=True)))
+
+
 class Ends(NamedTuple):
-    """Where walks ended: the smallest success of each of the best ones, in order of size."""
+    """Where walks ended: the best ones of each sample, in order of size."""
 
     x: Tensor  # (b, n, *f)
     size: Tensor  # (b, n); inf where fewer walks met the goal
+    worth: Tensor  # (b, n, *f) or (b, n, 0)
 
     @classmethod
     def none(cls, p: Problem, n: int) -> "Ends":
-        return cls(p.x0[:, None].repeat_interleave(n, 1), p.x0.new_full((len(p), n), torch.inf))
+        return cls(*(v[:, None].repeat_interleave(n, 1) for v in End.none(p)))
 
-    def at(self, i: int, elsewhere: Inputs) -> Inputs:
-        """Return end number i; where there is none, the point ``elsewhere``."""
-        return choose(self.size[:, i].isfinite(), self.x[:, i], elsewhere)
+    def at(self, i: int | Tensor, elsewhere: Inputs) -> End:
+        """Return end number i, the same or another (b,) of each sample; where there is none, at ``elsewhere``."""
+        x, size, worth = (v[torch.arange(len(v), device=v.device), i] for v in self)
+        return End(choose(size.isfinite(), x, elsewhere), size, worth)
 
-    def joined(self, rows: Tensor, x: Inputs, size: PerSample) -> "Ends":
-        """Return the ends after walks of the samples ``rows`` (r,) ended at x (r, *f): the largest one has to go."""
-        points = torch.cat([x[:, None], self.x[rows]], 1)
-        sizes = torch.cat([size[:, None], self.size[rows]], 1)
-        order = sizes.argsort(dim=1, stable=True)[:, : self.size.shape[1]]
-        points = points[torch.arange(len(rows), device=rows.device)[:, None], order]
-        return Ends(self.x.index_copy(0, rows, points), self.size.index_copy(0, rows, sizes.gather(1, order)))
+    def joined(self, rows: Rows, end: End) -> "Ends":
+        """Return the ends after walks of the samples ``rows`` (r,) ended at ``end`` (r): the largest one has to go."""
+        all_ = [torch.cat([new[:, None], old[rows]], 1) for new, old in zip(end, self, strict=True)]
+        order = all_[1].argsort(dim=1, stable=True)[:, : self.size.shape[1]]
+        at = torch.arange(len(rows), device=rows.device)[:, None]
+        return Ends(*(old.index_copy(0, rows, new[at, order]) for old, new in zip(self, all_, strict=True)))
 
-    def refined(self, i: int, x: Inputs, size: PerSample) -> "Ends":
-        """Return the ends after number i became x (b, *f)."""
-        rows = torch.arange(len(x), device=x.device)
-        gone = self.size.index_fill(1, torch.tensor([i], device=x.device), torch.inf)
-        return self._replace(size=gone).joined(rows, x, size)
+    def refined(self, i: int, end: End) -> "Ends":
+        """Return the ends after number i became ``end`` (b)."""
+        rows = torch.arange(len(end.x), device=end.x.device)
+        gone = self.size.index_fill(1, torch.tensor([i], device=rows.device), torch.inf)
+        return self._replace(size=gone).joined(rows, end)
 
 
 class Round(NamedTuple):
