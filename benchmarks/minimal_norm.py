@@ -209,9 +209,8 @@ class Block(nn.Module):
 
 def ours(norm: str) -> dict[tuple[str, str], Callable[[int], Any]]:
     """Return assay's minimal-norm attacks for a norm: name and variant, and how each is made for a budget."""
-    made: dict[tuple[str, str], Callable[[int], Any]] = {
-        (name, ""): partial(sized, name, norm) for name in assay.attacks.names(norm=norm, kind="minimal", access="gradient")
-    }
+    names = assay.attacks.names(norm=norm, kind="minimal", access="gradient")
+    made: dict[tuple[str, str], Callable[[int], Any]] = {(name, ""): partial(sized, name, norm) for name in names}
     if norm == "l0":
         return made
     made["fab", "targets"] = targeted

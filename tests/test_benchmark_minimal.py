@@ -115,7 +115,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, measures: ModuleType, peers: ModuleTy
 
 
 def test_on_small_budgets_rounds_are_fewer_and_not_shorter(bench: ModuleType) -> None:
-    few, many = bench.sized("cw", 200), bench.sized("cw", 1000)
+    few, many = bench.sized("cw", "l2", 200), bench.sized("cw", "l2", 1000)
     assert (few.steps, few.rounds) == (8, 12)
     assert (many.steps, many.rounds) == (19, 25)
 

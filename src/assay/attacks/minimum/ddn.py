@@ -56,7 +56,7 @@ class DDN(Descent[DDNState]):
     last_step: float = 0.01
     shrink: float = 0.05
     start: float = 1.0
-    closing: int = 8
+    closing: int = 5
     loss: Loss = cross_entropy
 
     def first(self, p: Problem) -> DDNState:

@@ -1,5 +1,6 @@
 """The elastic-net attack: sparse perturbations by proximal steps."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
@@ -41,7 +42,8 @@ class EAD(GradientAttack[EADState]):
         steps: steps of a round.
         rounds: number of values of c.
         beta: weight of the l1 norm against the squared l2 norm.
-        rate: a * beta at first, in units of the box; it falls to 0 along half a cosine over all rounds.
+        rate: a * beta at first, in units of the box, but at most three times the smallest size so far over the root of
+            the number of coordinates; it falls to 0 along half a cosine over all rounds.
         confidence: margin that is aimed at.
         loss: what is kept above ``confidence``; positive where the goal is met.
 
@@ -56,8 +58,8 @@ class EAD(GradientAttack[EADState]):
     norms: ClassVar[tuple[str, ...]] = ("l1",)
     minimal: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
-    steps: int = 10
-    rounds: int = 50
+    steps: int = 20
+    rounds: int = 25
     beta: float = 10.0
     rate: float = 0.1
     confidence: float = 0.0
@@ -75,7 +77,7 @@ class EAD(GradientAttack[EADState]):
         weight, age = s.weight if k else self._first(p, s, e), s.weight.age
         away, size = (s.x - p.x0) / p.box.width, p.size(s.x)
         slope = 2 * away - per_sample(short(e, self.confidence) * weight.c, away) * e.grad * p.box.width
-        rate = per_sample(self._rate(weight), away)
+        rate = per_sample(self._rate(weight, 3 * s.size / p.box.width / math.sqrt(away[0].numel())), away)
         point = p.x0 + p.box.width * toward_zero(away - rate / self.beta * slope, rate)
         point = point.clamp(p.lower, p.upper)
         x = (point + per_sample(age / (age + 3), away) * (point - s.point)).clamp(p.lower, p.upper)
@@ -91,9 +93,9 @@ class EAD(GradientAttack[EADState]):
         c = torch.where(steepest > 0, self.beta / steepest.clamp_min(TINY), 1)
         return Weight.first(p, c, settled=e.success & (s.x == p.x0).flatten(1).all(1))
 
-    def _rate(self, weight: Weight) -> PerSample:
+    def _rate(self, weight: Weight, most: PerSample) -> PerSample:
         progress = (weight.round + weight.age / self.steps) / self.rounds
-        return self.rate * (1 + torch.cos(torch.pi * progress)) / 2
+        return most.clamp_max(self.rate) * (1 + torch.cos(torch.pi * progress)) / 2
 
     def done(self, s: EADState) -> Mask:
         return s.weight.round >= self.rounds

@@ -97,7 +97,9 @@ class Inward(Descent[InwardState]):
 
     def _kept(self, p: Problem) -> int:
         """Return the number of ends that are kept."""
-        return _KEPT if p.norm.name == "l0" else max((turn.end + 1 for turn in self._turns(p)), default=0)
+        if p.norm.name == "l0":
+            return max(_AROUND, min(_KEPT, _ROOM // p.x0[0].numel()))
+        return max((turn.end + 1 for turn in self._turns(p)), default=0)
 
     def _turns(self, p: Problem) -> tuple[Turn, ...]:
         return turns(_ROUNDS[p.norm.name], self.steps)
@@ -153,7 +155,7 @@ class Inward(Descent[InwardState]):
     def _undo(self, p: Problem, s: InwardState) -> InwardState:
         """Return the state with the next change undone: of the next end, where this one cannot become the best."""
         over = (s.end.left == 0) | (s.end.size - s.end.left >= s.least)
-        turn = (s.turn + over).clamp_max(_KEPT - 1)
+        turn = (s.turn + over).clamp_max(s.ends.size.shape[1] - 1)
         x, end = s.end.replaced(over, s.ends.at(turn, s.best)).undone(p)
         return s._replace(x=choose(end.size.isfinite(), x, s.x), end=end, turn=turn)
 
@@ -191,11 +193,11 @@ class Inward(Descent[InwardState]):
         x = p.project(s.x + per_sample(move, s.x) * direction, radius)
         return x, torch.where(e.success | s.radius.isfinite(), radius, torch.inf)
 
-    def _start(self, p: Problem, best: Inputs, least: PerSample, *, near: bool) -> tuple[Inputs, PerSample]:
+    def _start(self, p: Problem, around: Inputs, least: PerSample, *, near: bool) -> tuple[Inputs, PerSample]:
         """Return where a walk starts, and the radius of its ball."""
         x = blended(p, (0.8 if near else 1) * self.blend)
         if near:
-            x = choose(least.isfinite(), x + 0.5 * (best - p.x0), x).clamp(p.lower, p.upper)
+            x = choose(least.isfinite(), x + 0.5 * (around - p.x0), x).clamp(p.lower, p.upper)
         return x, torch.minimum(p.size(x), _REACH[p.norm.name] * least)
 
 
@@ -207,10 +209,13 @@ _ROUNDS: dict[str, tuple[Round, ...]] = {
 """How ends are refined; several where the sizes of two rough ends do not tell which leads to the smaller point."""
 
 _KEPT, _UNDOING = 24, 0.2
-"""In l0: number of ends that are kept, and the share of the steps that undoes their changes."""
+"""In l0: number of ends that are kept at most, and the share of the steps that undoes their changes."""
 
 _AROUND = 4
-"""In l0: the best ends around which walks start in turn."""
+"""In l0: the best ends around which walks start in turn; so many are kept in any case."""
+
+_ROOM = 500_000
+"""In l0: values of all ends of a sample that are kept: fewer ends of large images."""
 
 _MEMORY = {"l2": 0.0, "l1": 0.8}
 """First weight of the gradients before, which falls to 0: the smallest points in l1 lie where faces of the boundary
