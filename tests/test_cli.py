@@ -183,6 +183,9 @@ def test_no_output_takes_the_place_of_what_a_run_is_read_from(finished, tmp_path
         ("report", folder, "--out", folder / "manifest.json"),
         ("gate", folder, "--min-robust", 0, "--junit", folder / "manifest.json"),
         ("gate", folder, "--min-robust", 0, "--markdown", tmp_path / "link.html"),
+        ("compare", folder, folder, "--out", folder / "manifest.json"),
+        ("study", "walk", "demo:mnist-plain", "demo:mnist", "--gif", folder / "manifest.json"),
+        ("study", "landscape", "demo:mnist-plain", "demo:mnist", "--weights", "--out", folder / "manifest.json"),
     ):
         assert "Choose another name" in run(*command, cwd=tmp_path, check=2).stderr
     assert (folder / "manifest.json").read_bytes() == before

@@ -1,6 +1,7 @@
 """Threats are plain data: parsed, printed, compared, and checked against the box."""
 
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,12 @@ def test_text_is_read(text: str, norm: str, eps: float | None) -> None:
 def test_bad_text_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ThreatError, match=r"Write for example l"):
         Threat.parse(text)
+
+
+@pytest.mark.parametrize("norm", [None, 2, float("inf"), ["l2"], {}])
+def test_what_is_no_norm_at_all_is_refused_likewise(norm: Any) -> None:
+    with pytest.raises(ThreatError, match="a norm out of linf"):
+        Threat(norm)
 
 
 @given(st.floats(1e-6, 1e3), st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([1, 255, 3]))

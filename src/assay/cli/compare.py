@@ -32,6 +32,7 @@ def compare(
     from assay.runs.compare import compare as compare_runs
     from assay.runs.source import opened
 
+    o.spare(out)
     runs = opened(a), opened(b)
     found = compare_runs(*runs)
     page = None if out is None else str(write_comparison(out, *runs, found))

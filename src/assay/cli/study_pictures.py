@@ -92,6 +92,7 @@ def landscape(
 
     if threat is None and not weights:
         raise UsageError("--threat", "none", "Write --threat linf:0.3; or --weights.")
+    o.spare(out)
     place = o.device_of(device)
     nets = [o.model_of(m, arch, box, mean, std, trust_pickle=trust_pickle) for m in (model, *(against or []))]
     known = _data(data, size, nets[0], samples if weights else index + 1, trust_pickle=trust_pickle)
@@ -140,6 +141,7 @@ def walk(
     from assay.study.walk import distances
     from assay.study.walk import walk as go
 
+    o.spare(out, gif)
     place = o.device_of(device)
     net = o.model_of(model, arch, box, mean, std, trust_pickle=trust_pickle)
     known = _data(data, size, net, max(index + 1, matrix or 0), trust_pickle=trust_pickle)

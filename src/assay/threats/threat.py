@@ -80,7 +80,7 @@ class Threat:
         targeted: bool = False,
         quantize: int | None = None,
     ) -> None:
-        if norm not in NORMS and not hasattr(norm, "name"):
+        if not hasattr(norm, "name") and not (isinstance(norm, str) and norm in NORMS):
             raise ThreatError(f"a norm out of {', '.join(NORMS)}", repr(norm), "Write for example linf:8/255.")
         norm = NORMS[norm] if isinstance(norm, str) else norm
         if eps is not None and not (_is_number(eps) and math.isfinite(eps) and eps > 0):
