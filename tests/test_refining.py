@@ -12,6 +12,7 @@ from assay.attacks import Inward
 from assay.attacks.minimum import inward
 from assay.attacks.minimum.refining import End, Ends, Round, turns
 from assay.core.random import Draws
+from assay.models.door import Gradient
 from assay.threats.problem import Problem
 
 
@@ -74,9 +75,36 @@ def test_changes_are_undone_without_gradients_of_one_end_after_the_other(monkeyp
     model = assay.load_model("demo:mnist-robust")
     x, y = next(iter(assay.load_data("demo:mnist", limit=16)))
     attack = Inward(steps=150, closing=0)
+    seen, slopes = End.seen, []
+
+    def watched(self: End, p: Problem, at: Tensor, e: Gradient) -> End:
+        slopes.append(bool(e.grad.any()))
+        return seen(self, p, at, e)
+
+    monkeypatch.setattr(End, "seen", watched)
     r = attack(model, x, y, Threat("l0"))
+    assert slopes == [True] * 120  # what changes are worth is known from the walks alone
     assert (r.forwards == 150 + 2).all()
     assert (r.backwards == 120).all()  # a fifth of the steps asks for none
     monkeypatch.setattr(inward, "_KEPT", 1)
     monkeypatch.setattr(inward, "_AROUND", 1)
     assert r.size.mean() < attack(model, x, y, Threat("l0")).size.mean()
+
+
+@pytest.mark.parametrize(("norm", "several"), [("l2", False), ("l0", True)])
+def test_later_walks_start_around_the_best_end_and_in_l0_around_the_best_few(
+    norm: str, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = assay.load_model("demo:mnist-robust")
+    x, y = next(iter(assay.load_data("demo:mnist", limit=4)))
+    others: list[bool] = []
+    start = Inward._start
+
+    def watched(self: Inward, p: Problem, around: Tensor, least: Tensor, *, near: bool) -> tuple[Tensor, Tensor]:
+        if near:
+            others.append(bool((p.size(around) > least * (1 + 1e-5)).any()))
+        return start(self, p, around, least, near=near)
+
+    monkeypatch.setattr(Inward, "_start", watched)
+    Inward(steps=150)(model, x, y, Threat(norm))
+    assert any(others) == several
