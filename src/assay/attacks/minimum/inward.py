@@ -93,7 +93,7 @@ class Inward(Descent[InwardState]):
     def first(self, p: Problem) -> InwardState:
         number = torch.zeros(len(p), dtype=torch.int64, device=p.x0.device)
         never, end, ends = p.full(torch.inf), End.none(p), Ends.none(p, self._kept(p))
-        return InwardState(p.x0, number, never, p.x0, never, end, ends, p.x0, number)
+        return InwardState(p.start("clean"), number, never, p.x0, never, end, ends, p.x0, number)
 
     def _kept(self, p: Problem) -> int:
         """Return the number of ends that are kept."""

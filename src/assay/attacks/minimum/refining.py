@@ -79,10 +79,10 @@ class Ends(NamedTuple):
 
     def joined(self, rows: Rows, end: End) -> "Ends":
         """Return the ends after walks of the samples ``rows`` (r,) ended at ``end`` (r): the largest one has to go."""
-        all_ = [torch.cat([new[:, None], old[rows]], 1) for new, old in zip(end, self, strict=True)]
-        order = all_[1].argsort(dim=1, stable=True)[:, : self.size.shape[1]]
+        pool = [torch.cat([new[:, None], old[rows]], 1) for new, old in zip(end, self, strict=True)]
+        order = pool[1].argsort(dim=1, stable=True)[:, : self.size.shape[1]]
         at = torch.arange(len(rows), device=rows.device)[:, None]
-        return Ends(*(old.index_copy(0, rows, new[at, order]) for old, new in zip(self, all_, strict=True)))
+        return Ends(*(old.index_copy(0, rows, new[at, order]) for old, new in zip(self, pool, strict=True)))
 
     def refined(self, i: int, end: End) -> "Ends":
         """Return the ends after number i became ``end`` (b)."""
