@@ -203,12 +203,8 @@ def test_ctrl_c_while_commands_are_still_imported_ends_with_130(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "assay.cli.app")
     monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as end:
+        main()
     assert end.value.code == 130
 
 
@@ -377,8 +373,6 @@ def test_ctrl_c_ends_with_130_the_race_so_far_and_the_command_to_go_on(tmp_path)
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell's background job ignores Ctrl-C, and hands that on to whatever it starts, these tests included.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     deadline, journal = time.monotonic() + 120, tmp_path / "run" / "race" / "block.npz"
     while not journal.exists() and time.monotonic() < deadline:

@@ -48,6 +48,18 @@ def test_a_refined_end_takes_its_new_place_and_one_that_was_lost_the_last() -> N
     assert ends.at(torch.tensor([0, 1]), torch.full((2, 1), 7.0)).size.tolist() == [1, 4]
 
 
+def test_in_l0_ends_of_the_same_changes_are_kept_once() -> None:
+    x = torch.zeros(1, 4)
+    p = Problem.pose(x, torch.zeros(1).long(), Threat("l0"), Draws.of(0, torch.arange(1)))
+    ends = Ends.none(p, 3)
+    for changed, much in (([0, 1], 0.5), ([0, 1], 0.9), ([1, 2], 0.5), ([0, 1, 2], 0.5)):
+        new = x.index_fill(1, torch.tensor(changed), much)
+        worth = torch.where(new > 0, 1.0, torch.inf)
+        ends = ends.joined(torch.arange(1), End(new, torch.tensor([float(len(changed))]), worth))
+    assert ends.size.tolist() == [[2, 2, 3]]
+    assert ends.x[0].tolist() == [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0.5, 0]]
+
+
 @given(steps=st.integers(1, 3000), share=st.floats(0.01, 0.4), fewest=st.integers(1, 60), most=st.integers(1, 9))
 def test_rounds_keep_to_their_share_and_give_each_end_as_many_steps(
     steps: int, share: float, fewest: int, most: int

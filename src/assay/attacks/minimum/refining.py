@@ -78,7 +78,13 @@ class Ends(NamedTuple):
         return End(choose(size.isfinite(), x, elsewhere), size, worth)
 
     def joined(self, rows: Rows, end: End) -> "Ends":
-        """Return the ends after walks of the samples ``rows`` (r,) ended at ``end`` (r): the largest one has to go."""
+        """Return the ends after walks of the samples ``rows`` (r,) ended at ``end`` (r): the largest one has to go.
+
+        In l0 an end of the same changes as another says nothing new, and is left out.
+        """
+        if end.worth.shape[1]:
+            known = (end.worth[:, None].isfinite() == self.worth[rows].isfinite()).flatten(2).all(2).any(1)
+            end = end._replace(size=torch.where(known, torch.inf, end.size))
         pool = [torch.cat([new[:, None], old[rows]], 1) for new, old in zip(end, self, strict=True)]
         order = pool[1].argsort(dim=1, stable=True)[:, : self.size.shape[1]]
         at = torch.arange(len(rows), device=rows.device)[:, None]
