@@ -160,7 +160,7 @@ class Descent(GradientAttack[Descending[S]]):
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
         if self.steps <= k < self.questions:
             return door.gradient(x, p, margin)
-        if k < self.steps and self.blind(p, k):
+        if self.blind(p, k):
             return without_gradient(door, x, p, self.loss)
         return super().query(door, x, p, k)
 

@@ -122,9 +122,9 @@ class Inward(Descent[InwardState]):
             return self._walk(p, s, e, size, k)
         if k == last - 1:
             s = s._replace(ends=s.ends.joined(torch.arange(len(p), device=size.device), s.end), end=End.none(p))
-            radius = torch.where(s.least.isfinite(), s.least, s.radius)
             if refining and p.norm.name == "l0":
-                return self._undo(p, s._replace(end=s.ends.at(0, s.best), radius=radius))
+                return self._undo(p, s._replace(end=s.ends.at(0, s.best)))
+            radius = torch.where(s.least.isfinite(), s.least, s.radius)
             x = s.ends.at(0, s.best).x if refining else s.best
             return s._replace(x=choose(s.least.isfinite(), x, s.x), radius=radius)
         if self.blind(p, k):
