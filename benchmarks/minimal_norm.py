@@ -226,7 +226,8 @@ def sized(name: str, norm: str, budget: int) -> Any:
     cost = UNDOING if (name, norm) == ("inward", "l0") else COST.get(name, 2)
     queries = int((budget - 5 - closing) / cost)
     if "starts" in knobs:  # these queries of each walk need no gradient
-        queries = queries * 2 * attack.walk // (2 * attack.walk - attack.starts)
+        free = attack.starts + (attack.undo if norm == "l0" else 0)
+        queries = queries * 2 * attack.walk // (2 * attack.walk - free)
     if "rounds" in knobs and attack.rounds > 2 * attack.steps:  # short rounds, each goes on from the last
         return replace(attack, rounds=max(1, queries // attack.steps))
     if "rounds" in knobs:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from assay import Threat
-from assay.attacks import JSMA, VFGA, BrendelBethge, CarliniWagnerL0, CarliniWagnerLinf, Runnable
+from assay.attacks import JSMA, VFGA, BrendelBethge, CarliniWagnerL0, CarliniWagnerLinf, Inward, Runnable
 from assay.attacks.minimum.refining import End
 from assay.core.errors import AssayError
 from assay.core.random import Draws
@@ -22,6 +22,7 @@ CASES: list[tuple[Runnable, str, float, int]] = [
     (JSMA(at_once=2), "l0", 1.0, 1),
     (CarliniWagnerL0(), "l0", 1.0, 1),
     (CarliniWagnerLinf(), "linf", 1.01, 0),
+    (Inward(steps=3, closing=0), "l0", 1.0, 0),  # its way out from the clean input arrives at once
 ]
 
 
@@ -142,3 +143,10 @@ def test_walks_that_undo_find_that_one_change_to_the_edge_is_enough() -> None:
     size = {n: BrendelBethge(steps=40, undo=n)(Either(), x, y, Threat("l0")).size.mean() for n in (0, 10)}
     assert size[10] == 1
     assert size[0] > 1
+
+
+def test_walks_undo_changes_without_gradients() -> None:
+    x, y = torch.full((2, 6), 0.1), torch.zeros(2, dtype=torch.long)
+    attack = BrendelBethge(steps=60, walk=60, starts=10, undo=10)
+    spent = {norm: attack(Either(), x, y, Threat(norm)).backwards.tolist() for norm in ("l1", "l0")}
+    assert spent == {"l1": [50, 50], "l0": [41, 41]}  # nine changes are undone

@@ -139,8 +139,12 @@ class GradientAttack(StepAttack[S, Gradient]):
         """Tell whether query k needs a gradient; where it does not, zeros stand for it."""
         return k < self.questions
 
+    def blind(self, p: Problem, k: int) -> bool:
+        """Tell whether, for this problem, query k does without a gradient; zeros stand for it."""
+        return False
+
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
-        if self.differentiates(k):
+        if self.differentiates(k) and not self.blind(p, k):
             return door.gradient(x, p, self.loss)
         return without_gradient(door, x, p, self.loss)
 

@@ -45,7 +45,8 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     shows it) and ||z - x||_2 <= r. Where there is no such z, x' goes as far to the plane as r allows.
     A walk starts at the nearest point of the boundary on rays from the clean input to smooth random images.
 
-    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards but for ``starts`` a walk.
+    *Sees* the gradient. *Cost* ``steps`` + 1 forwards, ``steps`` backwards but for ``starts`` a walk and, in l0,
+    ``undo``.
 
     Args:
         steps: number of queries.
@@ -56,7 +57,8 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
             steps end near the boundary, r grows beyond that, up to three times.
         beyond: share of the boundary's distance by which the point aimed at lies behind it.
         sparse: l0 only: share of the walk that makes the l1 norm small, which makes many coordinates zero.
-        undo: l0 only: number of queries at the end of a walk, at most a quarter of it, that undo one change each.
+        undo: l0 only: number of queries at the end of a walk, at most a quarter of it, that undo one change each; they
+            need no gradient.
         loss: f, positive where the goal is met.
 
     *Differs from the paper in*: the start, which needs no data (the paper takes an image of another class); where no
@@ -95,6 +97,15 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         """Return the place in a walk of the start's last query, the first with a gradient."""
         return min(self.starts, length // 4)
 
+    def _undoing(self, length: int) -> int:
+        """Return how many of the ``length`` queries after the start undo changes in l0."""
+        return min(self.undo, length // 4)
+
+    def blind(self, p: Problem, k: int) -> bool:
+        j, length = self._place(k)
+        walk = length - self._first(length)
+        return p.norm.name == "l0" and length - j < self._undoing(walk)
+
     def init(self, p: Problem) -> BrendelBethgeState:
         return _fresh(p, p.start("clean"))
 
@@ -103,7 +114,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
         better = e.success & (size < s.size)
         s = s._replace(best=choose(better, s.x, s.best), size=torch.where(better, size, s.size))
         if p.norm.name == "l0":
-            s = s._replace(end=s.end.seen(p, s.x, e))
+            s = s._replace(end=s.end.tried(p, s.x, e.success) if self.blind(p, k) else s.end.seen(p, s.x, e))
         j, length = self._place(k)
         if j + 1 == length:
             return self._look(p, _fresh(p, p.x0), p.full(0.0) > 0, k)
@@ -117,7 +128,7 @@ class BrendelBethge(GradientAttack[BrendelBethgeState]):
     def _walk(self, p: Problem, s: BrendelBethgeState, e: Gradient, j: int, length: int) -> BrendelBethgeState:
         """Return the state after query j of the ``length`` after the start."""
         if p.norm.name == "l0":
-            length -= min(self.undo, length // 4)
+            length -= self._undoing(length)
         if j >= length:
             x, end = s.end.undone(p)
             return s._replace(x=x, end=end)

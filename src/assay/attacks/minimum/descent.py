@@ -6,7 +6,7 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar, final
 
 import torch
 
-from assay.attacks.loop import GradientAttack, HasX, without_gradient
+from assay.attacks.loop import GradientAttack, HasX
 from assay.attacks.losses import margin
 from assay.attacks.minimum.boundary import nudge
 from assay.attacks.minimum.region import along_boundary
@@ -152,16 +152,10 @@ class Descent(GradientAttack[Descending[S]]):
         part = self.first(p)
         return Descending(part.x, part, p.x0, p.full(torch.inf), p.x0, p.full(0.5), p.full(0.0), p.full(_BEYOND))
 
-    def blind(self, p: Problem, k: int) -> bool:
-        """Tell whether step k of the descent does without a gradient; zeros stand for it."""
-        return False
-
     @final
     def query(self, door: Door, x: Inputs, p: Problem, k: int) -> Gradient:
         if self.steps <= k < self.questions:
             return door.gradient(x, p, margin)
-        if self.blind(p, k):
-            return without_gradient(door, x, p, self.loss)
         return super().query(door, x, p, k)
 
     @final

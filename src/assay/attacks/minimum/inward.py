@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.attacks.losses import margin
+from assay.attacks.minimum.boundary import nudge
 from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit
 from assay.attacks.minimum.refining import End, Ends, Round, Turn, turns
 from assay.attacks.minimum.region import along_boundary
@@ -16,6 +17,7 @@ from assay.attacks.outside import blended
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
+from assay.threats.planes import to_plane
 from assay.threats.problem import Problem
 
 
@@ -41,7 +43,8 @@ class Inward(Descent[InwardState]):
 
     A walk ascends the margin, x <- P_r(x + a * direction(grad)), in a ball that shrinks where the goal is met, r <-
     min(r, size(x)) (1 - g), and grows where it is not, r <- r (1 + g); a and g fall along half a cosine. The direction
-    is the sign for linf, else the gradient divided by its l2 length. The first walk starts at the clean input. The next
+    is the sign for linf, else the gradient divided by its l2 length. The first walk starts at the clean input; in l0 it
+    begins with the changes that meet the goal if the model is linear, then further such ones, until it is met. The next
     ones start at x0 + ``blend`` (u - x0), u a smooth random image, which most networks call something else: on networks
     with hardened or masked surroundings of the clean input, its gradient leads to poor corners of the boundary, and
     walks from outside find better ones. From the middle of the budget on (l1 and l0: from a third) they start around
@@ -166,7 +169,10 @@ class Inward(Descent[InwardState]):
         near = k > _NEAR[p.norm.name] * self.steps
         stride, shrink, rest = p.x0.new_tensor(_schedule(length, first, _HOPES[near]))[:, s.place]
         x, radius = self._next(p, s, e, size, stride, shrink, k)
-        over = (s.place == length - 1) | (radius * rest > s.least)
+        over, place = (s.place == length - 1) | (radius * rest > s.least), s.place + 1
+        if p.norm.name == "l0" and k < _OUTWARD:
+            lost = s.radius.isinf() & ~e.success  # on the walk from the clean input
+            x, over, place = choose(lost, _outward(p, s.x, e), x), over & ~lost, torch.where(lost, 0, place)
         rows = over.nonzero()[:, 0]
         if len(rows):
             ends = s.ends.joined(rows, s.end.take(rows))
@@ -174,7 +180,7 @@ class Inward(Descent[InwardState]):
             around = s.ends.at(k // length % _AROUND, s.best).x if p.norm.name == "l0" else s.best
             start, reach = self._start(p.take(rows).stage(k), around[rows], s.least[rows], near=near)
             x, radius = x.index_copy(0, rows, start), radius.index_copy(0, rows, reach)
-        return s._replace(x=x, radius=radius, place=torch.where(over, 0, s.place + 1))
+        return s._replace(x=x, radius=radius, place=torch.where(over, 0, place))
 
     def _next(
         self,
@@ -207,6 +213,9 @@ _ROUNDS: dict[str, tuple[Round, ...]] = {
     "l1": (Round(0.18, 14), Round(0.115, 26)),
 }
 """How ends are refined; several where the sizes of two rough ends do not tell which leads to the smaller point."""
+
+_OUTWARD = 12
+"""In l0: steps at most of the way from the clean input to a first success, where a short walk does not get."""
 
 _KEPT, _UNDOING = 24, 0.2
 """In l0: number of ends that are kept at most, and the share of the steps that undoes their changes."""
@@ -265,6 +274,13 @@ def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: fl
         inner, outer = torch.minimum(inner.floor(), size - 1).clamp_min(1), outer.ceil()
     most = p.norm.diameter(p.box.width, p.x0[0].numel())
     return torch.where(e.success, inner, outer).clamp_max(most)
+
+
+def _outward(p: Problem, x: Inputs, e: Gradient) -> Inputs:
+    """Return x with as many further changes as the goal needs if the model is linear, each as large as it may be."""
+    gap = e.loss - nudge(p, x, p.norm) * p.norm.dual(e.grad)
+    d = to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - x, p.upper - x).d
+    return torch.where(d == 0, x, torch.where(d > 0, p.upper, p.lower))
 
 
 def _scale(p: Problem, radius: PerSample) -> PerSample:

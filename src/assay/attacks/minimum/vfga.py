@@ -43,7 +43,7 @@ class VFGA(GradientAttack[VFGAState]):
         samples: trials of each of the two coordinates.
         loss: what votes.
 
-    *Differs from the paper in*: the first trial goes all the way, so that no luck is needed where that is best; 3
+    *Differs from the paper in*: the first trial goes all the way, so that no luck is needed where that is best; 5
     samples, not 10; the margin votes, not a probability, which may saturate.
 
     References:
@@ -54,7 +54,7 @@ class VFGA(GradientAttack[VFGAState]):
     any_size: ClassVar[bool] = True
     minimal: ClassVar[bool] = True
     steps: int = 200
-    samples: int = 3
+    samples: int = 5
     loss: Loss = margin
 
     @property
