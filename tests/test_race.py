@@ -309,6 +309,29 @@ def test_without_gradients_a_search_by_scores_is_all_there_is():
     assert all(isinstance(r.attack, ScoreAttack) for r in plan.rounds)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "share"),
+    [
+        (lambda net, x: net(x), None),
+        (lambda net, x: net(x + 0.03 * (200 * x).sin()), 1.0),  # no repair helps
+        (lambda net, x: net((x * 20).round() / 20), 0.1),  # a straight-through step does
+        (lambda net, x: 100 * net(x), 0.1),  # the margin sees what cross-entropy does not
+    ],
+    ids=["sound", "ripples", "few levels", "large logits"],
+)
+def test_the_search_by_scores_begins_with_a_tenth_where_gradients_were_repaired(digits, monkeypatch, wrap, share):
+    model, data = digits
+    plans = []
+
+    def watched(*args, **options):
+        plans.append(plan_for(*args, **options))
+        return Plan(())
+
+    monkeypatch.setattr(engine, "plan_for", watched)
+    assay.evaluate(lambda x: wrap(model, x), data, "linf:0.1", "standard", progress=False)
+    assert next((r.share for r in plans[0].rounds if r.name == "square"), None) == share
+
+
 def test_a_round_that_is_too_dear_is_passed_over(digits, monkeypatch):
     """Rounds that break nothing, of 11 passes a sample: two fit, a cheaper one still does."""
     rounds = tuple(Round(f"{i}", "ce", PGD(steps=5, rel_step=0.01)) for i in range(4))

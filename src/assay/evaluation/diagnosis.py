@@ -5,7 +5,7 @@ other, with noise, and with budgets that must suffice. The thresholds and the co
 ``docs/diagnostics.md``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, final
 
@@ -61,10 +61,15 @@ MASKING: Final = frozenset(
         "zero-gradient",
     }
 )
-"""Findings after which a search by scores joins the race, on all samples that stand."""
+"""Findings after which a search by scores joins the race, on all samples that stand unless a repair helps."""
 
 _NOISE = 5
 _SUPPORT = 0.05
+
+
+def masking(findings: Iterable[Finding]) -> bool:
+    """Tell whether one of the findings says that gradients are masked."""
+    return any(f.code in MASKING for f in findings)
 
 
 @final

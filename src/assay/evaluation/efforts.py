@@ -33,12 +33,12 @@ NORMS: Final = ("linf", "l2", "l1", "l0")
 _CE, _MARGIN, _DLR = LOSSES["tempered-ce"], LOSSES["margin"], LOSSES["dlr"]
 
 
-def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, masked: bool = False) -> Plan:
+def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, doubt: float = 0.0) -> Plan:
     """Return the rounds of an effort for a threat; without an eps, one that searches for the smallest perturbation.
 
     ``blind`` is the share of samples on which the model shows no gradient. Where there are any, the search by scores
-    is run on all that stand; where there are no others, it is alone. Likewise where gradients are ``masked``, with no
-    limit to what the race may cost. The effort ``none`` has no rounds.
+    is run on all that stand; where there are no others, it is alone. Where gradients are in ``doubt``, it begins with
+    this share of what stands, with no limit to what the race may cost. The effort ``none`` has no rounds.
 
     Raises:
         ThreatError: a norm that no rounds exist for.
@@ -48,8 +48,9 @@ def plan_for(effort: str, threat: Threat, blind: float = 0.0, *, masked: bool = 
     norm = threat.norm.name
     if norm not in NORMS:
         raise ThreatError(f"one of {', '.join(NORMS)} to evaluate", norm, "Attacks for other norms come later.")
-    hidden = (blind or masked) and norm in Square.norms
-    scores = (Round("square", "scores", _square_climb(_HIDDEN_QUERIES[effort])),) if hidden else ()
+    hidden = (blind or doubt) and norm in Square.norms
+    share = 1.0 if blind else doubt
+    scores = (Round("square", "scores", _square_climb(_HIDDEN_QUERIES[effort]), share),) if hidden else ()
     tighten = (*_tighten(norm),)
     if threat.eps is None:
         search = Inward(steps=_STEPS[effort]), _SECOND[norm](steps=_STEPS[effort] // 4)

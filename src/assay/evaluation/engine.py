@@ -25,7 +25,6 @@ from assay.core.registry import UsageError, closest
 from assay.data import load_data
 from assay.evaluation.block import Job, Part, run_block
 from assay.evaluation.course import Course
-from assay.evaluation.diagnosis import MASKING
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
 from assay.evaluation.natural import check_corruptible, look
@@ -133,7 +132,7 @@ def evaluate(
             checked = examine(checked, data, threat, seed, device) if look_hard else checked
     findings += checked.findings
     prover = proof.prover(checked.model, data.shape, device) if proof else None
-    plan = plan_for(effort, threat, checked.blind, masked=any(f.code in MASKING for f in findings))
+    plan = plan_for(effort, threat, checked.blind, doubt=checked.doubt)
     place = device_of(executor, device)
     limits = batch_size or default_batch(data.shape, place), max_passes, levels
     # What a network was converted from has been compared with it, and need not travel.

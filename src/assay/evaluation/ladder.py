@@ -47,6 +47,11 @@ class State:
         mended = bool(self.model.repairs) and self.gain >= _GOOD
         return self.health.blind <= BLIND and (self.health.linear or mended or self.model.samples > 1)
 
+    @property
+    def trusted(self) -> bool:
+        """The margin's gradients are sound, and not only estimated; of a random model that cannot be told."""
+        return self.sound and not self.model.smoothing and self.model.samples == 1
+
     def improves(self, other: "State") -> bool:
         more, fewer = self.gain - other.gain, other.health.blind - self.health.blind
         return more > _BETTER or (fewer > BLIND and more > -_BETTER)

@@ -13,6 +13,7 @@ from assay.attacks import LOSSES, Square
 from assay.core.errors import DataError, ModelError
 from assay.core.types import Logits
 from assay.data import Data
+from assay.evaluation.diagnosis import masking
 from assay.evaluation.finding import Finding, Severity
 from assay.evaluation.health import EVEN, LINEAR, Bench, Health, averaged, gradient_spread
 from assay.evaluation.ladder import State, mend
@@ -43,6 +44,9 @@ _GREY = 100
 _COARSE = 0.01
 """The most of the lead of a sample's class that may be lost in rounding."""
 
+_REPAIRED = 0.1
+"""Share of what stands that is searched by scores where gradients were repaired, or only cross-entropy's are masked."""
+
 _SAME = 1e-4
 """Logits that differ by more than this share of their median size (one may be huge to mask a class) are different."""
 
@@ -52,13 +56,20 @@ _SAME = 1e-4
 class Preflight:
     """What the checks found: the model as it is to be attacked, and findings.
 
-    ``blind`` is the share of probe samples that have no gradient after all repairs.
+    ``blind`` is the share of probe samples that have no gradient after all repairs. ``masked`` says that gradients,
+    not of cross-entropy alone, are masked still.
     """
 
     model: Model
     findings: tuple[Finding, ...]
     classes: int
     blind: float
+    masked: bool = False
+
+    @property
+    def doubt(self) -> float:
+        """Share of what stands that a search by scores begins with: all where gradients are masked still."""
+        return 1.0 if self.masked else _REPAIRED * masking(self.findings)
 
 
 def check_labels(data: Data, classes: int) -> None:
@@ -135,7 +146,9 @@ def check_model(
     if repairs and not random and _differ(*(looks := _two_looks(after.model, bench))):  # the mask hid that too
         model, finding = _steadied(after.model, bench, *looks)
         after, findings = replace(after, model=model), [*findings, finding]
-    return Preflight(after.model, tuple(findings), z.shape[1], after.health.blind)
+    return Preflight(
+        after.model, tuple(findings), z.shape[1], after.health.blind, masking(findings) and not after.trusted
+    )
 
 
 def _large(data: Data) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from assay.data import Data
-from assay.evaluation.diagnosis import EXCEPTIONS, MASKING, Probe, probe
+from assay.evaluation.diagnosis import EXCEPTIONS, Probe, masking, probe
 from assay.evaluation.finding import Finding
 from assay.evaluation.health import Bench
 from assay.evaluation.ladder import FREE
@@ -33,9 +33,10 @@ def examine(
     model, found = checked.model, checked.findings
     first = probe(model, data, threat, seed, device)
     found += first.findings
+    checked = replace(checked, findings=found, masked=checked.masked or _masked(first))
     dear = model.samples > 1 or getattr(model.module, "dear", False)
-    if first.counts.left <= EXCEPTIONS or dear or not any(f.code in MASKING for f in found):
-        return replace(checked, findings=found)
+    if first.counts.left <= EXCEPTIONS or dear or not masking(found):
+        return checked
     rows = torch.arange(min(len(data), _LOOKED_AT))
     bench, bare = Bench(data.batch(rows), data.labels[rows], threat, device), replace(model, smoothing=None)
     tried = [
@@ -46,8 +47,13 @@ def examine(
     most, code, best = max(tried, key=lambda t: t[0], default=(0, "", model))
     before, n = _fallen(first), first.counts.n
     if most - before <= EXCEPTIONS:
-        return replace(checked, findings=found)
+        return checked
     return replace(checked, model=best, findings=(*found, _rescued(code, before, most, n)))
+
+
+def _masked(probed: Probe) -> bool:
+    """Tell whether gradients are masked for more than cross-entropy: the race has other losses."""
+    return masking(f for f in probed.findings if f.code != "loss-disagreement")
 
 
 def _fallen(probed: Probe) -> int:
