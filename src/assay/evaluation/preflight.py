@@ -64,7 +64,7 @@ class Preflight:
     findings: tuple[Finding, ...]
     classes: int
     blind: float
-    masked: bool = False
+    masked: bool
 
     @property
     def doubt(self) -> float:

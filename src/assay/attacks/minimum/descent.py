@@ -42,6 +42,12 @@ def linear_size(p: Problem, e: Gradient) -> PerSample:
     return e.loss.abs() / p.norm.dual(e.grad).clamp_min(TINY)
 
 
+def way_across(p: Problem, x: Inputs, e: Gradient, start: Inputs) -> Inputs:
+    """Return the smallest d that leads from ``start`` just beyond the boundary, if the model is as linear as at x."""
+    gap = e.loss - nudge(p, x, p.norm) * p.norm.dual(e.grad) + inner(e.grad, start - x)
+    return to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - start, p.upper - start).d
+
+
 def reach(p: Problem) -> PerSample:
     """Return the size of the largest perturbation that the box allows."""
     return p.norm.size(torch.maximum(p.upper - p.x0, p.x0 - p.lower))
@@ -94,9 +100,7 @@ class Descending(NamedTuple, Generic[S]):
         found = self.size.isfinite()
         fresh = ~found | (e.success & (p.size(self.x) == self.size))  # else x was a step too far
         start = choose(found, p.x0, self.x)
-        gap = e.loss - nudge(p, self.x, p.norm) * p.norm.dual(e.grad) + inner(e.grad, start - self.x)
-        move = to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - start, p.upper - start)
-        ahead = choose(fresh, (start + move.d).clamp(p.lower, p.upper), self.ahead)
+        ahead = choose(fresh, (start + way_across(p, self.x, e, start)).clamp(p.lower, p.upper), self.ahead)
         margins = torch.where(fresh, e.loss, self.gap)
         back = (0.9 * margins / (margins - e.loss).clamp_min(TINY)).clamp(0.5, 0.9)  # to where it is 0 in between
         share = torch.where(fresh, 2 * self.share, back * self.share).clamp_max(1)

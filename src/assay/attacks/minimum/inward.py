@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from assay.attacks.losses import margin
-from assay.attacks.minimum.boundary import nudge
-from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit
+from assay.attacks.minimum.descent import Descent, cosine, linear_size, unit, way_across
 from assay.attacks.minimum.refining import End, Ends, Round, Turn, turns
 from assay.attacks.minimum.region import along_boundary
 from assay.attacks.outside import blended
 from assay.attacks.registry import ATTACKS
 from assay.core.types import Inputs, PerSample, choose, per_sample
 from assay.models.door import Gradient, Loss
-from assay.threats.planes import to_plane
 from assay.threats.problem import Problem
 
 
@@ -278,8 +276,7 @@ def _radius(p: Problem, s: InwardState, e: Gradient, size: PerSample, shrink: fl
 
 def _outward(p: Problem, x: Inputs, e: Gradient) -> Inputs:
     """Return x with as many further changes as the goal needs if the model is linear, each as large as it may be."""
-    gap = e.loss - nudge(p, x, p.norm) * p.norm.dual(e.grad)
-    d = to_plane(p.norm, e.grad, gap.clamp_max(0), p.lower - x, p.upper - x).d
+    d = way_across(p, x, e, x)
     return torch.where(d == 0, x, torch.where(d > 0, p.upper, p.lower))
 
 
