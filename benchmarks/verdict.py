@@ -4,11 +4,13 @@
     python benchmarks/verdict.py --mnist pgd_madry.pth --original            an outside network of its architecture
     python benchmarks/verdict.py --cifar resnet20.th cifar10-test.parquet    a ResNet-20 (option A), undefended
     python benchmarks/verdict.py --imagenet imagenet.parquet --limit 16      EfficientNet-Lite0, 1,000 classes
+    python benchmarks/verdict.py --model net.pt2 test.npz --device cuda --precisions float32 bf16    any, on a GPU
 
 A pass is one row forward or one row backward; passes are those really used, divided by the number of samples, the
 wrong ones too. *Share* sets the passes of the row against those of the ``reference`` effort. *There after* is when the
 race was first at or below the robust accuracy of ``reference``, to the end of that stage. Seconds are of CPU time, on
-one thread, with everything that the evaluation does besides (checks, verification, storing).
+one thread (on a GPU: on the clock), with everything that the evaluation does besides (checks, verification, storing).
+*Bare* sets them against a plain loop of as many passes on the same network, in full batches and in float32.
 
 Each row is kept under --cache, by network, samples and plan, so that an interrupted run goes on where it stopped. The
 tables show everything that is kept of the networks asked for, under the plans as they are now.
@@ -24,10 +26,11 @@ import importlib
 import json
 import re
 import resource
+import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ from assay.core.progress import Snapshot
 from assay.data import Data
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.models.demo.nets import mnist_cnn
+from assay.models.door import default_batch
 
 ORIGINAL = "AutoAttack"
 THREATS = {
@@ -51,8 +55,12 @@ THREATS = {
     "demo": ("linf:0.3",),
     "cifar": ("linf:0.5/255", "linf:1/255"),
     "imagenet": ("linf:1/255",),
+    "model": ("linf:8/255",),
 }
-LIMITS = {"mnist": 500, "demo": 500, "cifar": 100, "imagenet": 192}
+LIMITS = {"mnist": 500, "demo": 500, "cifar": 100, "imagenet": 192, "model": 1000}
+
+BARE = 8
+"""Batches of the plain loop that are timed."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +106,22 @@ class Row:
     memory: float = 0.0  # peak, GiB
     told: int = 0  # calls of the progress callback
     silence: float = 0.0  # the longest time between two of them, seconds
+    precision: str = "float32"
+    device: str = "cpu"
+    bare: float = 0.0  # seconds of a plain loop of as many passes
 
     @property
     def passes(self) -> float:
         return (self.forwards + self.backwards) / self.n
 
     @property
+    def label(self) -> str:
+        return " ".join([self.effort, *(w for w in (self.precision, self.device) if w not in ("float32", "cpu"))])
+
+    @property
     def path(self) -> str:
-        return re.sub(r"[^a-z0-9.]+", "-", f"{self.threat} {self.effort} {self.seed} {self.plan}".lower()) + ".json"
+        parts = (self.threat, self.effort, self.seed, self.plan, self.precision, self.device)
+        return re.sub(r"[^a-z0-9.]+", "-", " ".join(map(str, parts)).lower()) + ".json"
 
     def trail(self) -> Iterator[tuple[dict[str, Any], float, float]]:
         """Yield each stage with the robust accuracy and the passes a sample at its end."""
@@ -137,7 +153,7 @@ class Watch:
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """Yield the networks that are asked for and whose files are given."""
-    made = {"mnist": _mnist, "demo": _demo, "cifar": _cifar, "imagenet": _imagenet}
+    made = {"mnist": _mnist, "demo": _demo, "cifar": _cifar, "imagenet": _imagenet, "model": _any}
     for kind in args.models or made:
         if kind == "demo" or getattr(args, kind):
             name, model, source = made[kind](args)
@@ -165,6 +181,11 @@ def _imagenet(args: argparse.Namespace) -> tuple[str, assay.Model, str]:
     return "efficientnet-lite0", assay.Model(Centre(net), mean=127 / 255, std=128 / 255), str(args.imagenet)
 
 
+def _any(args: argparse.Namespace) -> tuple[str, assay.Model, str]:
+    source, data = args.model
+    return Path(source).stem, assay.load_model(source, arch=args.arch), data
+
+
 class Centre(nn.Module):
     """A network that looks at the central 224 x 224 pixels."""
 
@@ -182,25 +203,28 @@ class Centre(nn.Module):
 # --- the runs
 
 
-def run(case: Case, threat: str, effort: str, seed: int) -> Row:
+def run(case: Case, threat: str, effort: str, seed: int, precision: str, device: str) -> Row:
     """Evaluate under the clock."""
-    watch, begin = Watch(), time.process_time()
+    clock = clock_of(device)
+    watch, begin = Watch(), clock()
     head = (case.name, len(case.data), threat, effort, seed, plan_digest(threat, effort))
     if effort == ORIGINAL:
         x, y = (torch.cat(parts) for parts in zip(*case.data, strict=True))
         at = assay.Threat.parse(threat)
         assert at.eps is not None
         p = autoattack(case.net, x, y, at.norm.name, at.eps, seed)
-        return Row(*head, p.clean, p.robust, p.forwards, p.backwards, time.process_time() - begin, p.stages)
-    e = assay.evaluate(case.model, case.data, threat, effort, seed=seed, progress=watch)
+        return Row(*head, p.clean, p.robust, p.forwards, p.backwards, clock() - begin, p.stages)
+    model = replace(case.model, precision=precision)
+    e = assay.evaluate(model, case.data, threat, effort, seed=seed, progress=watch, device=device)
     assert e.robust_accuracy is not None
+    seconds = clock() - begin
     return Row(
         *head,
         e.clean_accuracy,
         e.robust_accuracy,
         e.passes.forwards,
         e.passes.backwards,
-        time.process_time() - begin,
+        seconds,
         e.stages(),
         e.audit,
         e.bounded,
@@ -208,7 +232,38 @@ def run(case: Case, threat: str, effort: str, seed: int) -> Row:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         watch.told,
         watch.silence,
+        precision,
+        device,
+        bare(case, e.passes.forwards, e.passes.backwards, device),
     )
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return the clock that counts: of this thread's work, or, on a GPU, of the world."""
+    return time.process_time if device == "cpu" else time.monotonic
+
+
+def bare(case: Case, forwards: int, backwards: int, device: str) -> float:
+    """Return the seconds that so many rows forward and backward take in a plain loop of full batches, in float32."""
+    x = torch.cat([x for x, _ in case.data])[: default_batch(case.data.shape, device)].to(device)
+    with case.model.frozen(device) as live:
+        with torch.no_grad():
+            one = _seconds(lambda: live(x), device)
+        x.requires_grad_()
+        both = _seconds(lambda: torch.autograd.grad(live(x).logsumexp(1).sum(), x), device)
+    return (backwards * both + (forwards - backwards) * one) / len(x)
+
+
+def _seconds(do: Callable[[], object], device: str) -> float:
+    """Return the median of the seconds that something takes, the first times left out."""
+    taken = []
+    for _ in range(2 + BARE):
+        begin = clock_of(device)()
+        do()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        taken.append(clock_of(device)() - begin)
+    return statistics.median(taken[2:])
 
 
 def plan_digest(threat: str, effort: str) -> str:
@@ -227,15 +282,17 @@ def fill(case: Case, folder: Path, args: argparse.Namespace) -> None:
     """Run what the cache lacks: first the threats, then the efforts, then the seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     efforts = [*args.efforts, *([ORIGINAL] if args.original else [])]
-    for threat, effort, seed in product(case.threats, efforts, args.seeds):
-        known = any(r.threat == threat and r.effort == effort and r.seed == seed for r in kept(folder))
-        possible = effort != ORIGINAL or assay.Threat.parse(threat).norm.name in NAMES
-        if possible and not (known and effort not in args.redo):
-            row = run(case, threat, effort, seed)
+    for how in product(case.threats, efforts, args.seeds, args.precisions, [args.device]):
+        known = any((r.threat, r.effort, r.seed, r.precision, r.device) == how for r in kept(folder))
+        threat, effort, _, precision, _ = how
+        published = (precision, args.device) == ("float32", "cpu") and assay.Threat.parse(threat).norm.name in NAMES
+        if (published or effort != ORIGINAL) and not (known and effort not in args.redo):
+            row = run(case, *how)
             part = folder / "row.part"
             part.write_text(json.dumps(asdict(row)))
             part.replace(folder / row.path)
-            print(f"{row.model} {threat} {effort} {seed}: {row.robust:.1%}, {row.passes:.0f} passes", flush=True)
+            told = " ".join(map(str, how))
+            print(f"{row.model} {told}: {row.robust:.1%}, {row.passes:.0f} passes", flush=True)
 
 
 def kept(folder: Path) -> list[Row]:
@@ -243,12 +300,13 @@ def kept(folder: Path) -> list[Row]:
     rows = [Row(**json.loads(path.read_text())) for path in folder.glob("*.json")]
     order = [*EFFORTS, ORIGINAL]
     rows = [r for r in rows if r.plan == plan_digest(r.threat, r.effort)]
-    return sorted(rows, key=lambda r: (r.threat, order.index(r.effort), r.seed))
+    return sorted(rows, key=lambda r: (r.threat, r.device, order.index(r.effort), r.precision != "float32", r.seed))
 
 
 # --- tables
 
-HEAD = ("effort", "seed", "robust", "passes", "share", "seconds", "there after", "audit: missed at most", "findings")
+COST = ("passes", "share", "seconds", "bare", "there after")
+HEAD = ("effort", "seed", "robust", *COST, "audit: missed at most", "findings")
 MANY = ("threat", "effort", "seed", "passes", "calls of progress", "longest silence (s)", "peak memory (GiB)")
 
 
@@ -256,7 +314,7 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[str], list[tuple
     """Yield title, head and body of one table for each threat."""
     for threat in dict.fromkeys(r.threat for r in rows):
         same = [r for r in rows if r.threat == threat]
-        reference = next((r for r in same if r.effort == "reference"), None)
+        reference = next((r for r in same if (r.effort, r.precision) == ("reference", "float32")), None)
         title = f"{same[0].model}, {threat}, {same[0].n} samples, {same[0].clean:.1%} right"
         yield title, HEAD, [cells(r, reference) for r in same]
 
@@ -267,22 +325,22 @@ def cells(r: Row, reference: Row | None) -> tuple[str, ...]:
     share = f"1/{reference.passes / r.passes:.3g}" if reference else ""
     missed = f"{r.audit['missed_at_most']:.1%} ({r.audit['broken']}/{r.audit['attacked']})" if r.audit else ""
     passes = f"{r.passes:.0f}" + (f" ({r.bounded})" if r.bounded else "")
-    figures = (f"{r.robust:.1%}", passes, share, f"{r.seconds:.1f}")
+    figures = (f"{r.robust:.1%}", passes, share, f"{r.seconds:.1f}", f"{r.seconds / r.bare:.2f}" if r.bare else "")
     reached = "" if reference is None else "never" if there is None else f"{there:.0f}"
-    return r.effort, str(r.seed), *figures, reached, missed, " ".join(dict.fromkeys(r.findings))
+    return r.label, str(r.seed), *figures, reached, missed, " ".join(dict.fromkeys(r.findings))
 
 
 def trails(rows: Sequence[Row]) -> Iterator[str]:
     """Yield one line a run: what entered and fell in each stage, what was left then, and after how many passes."""
     for r in rows:
         parts = [f"{s['name']} {s['entered']}/{s['broken']} {left:.1%}@{at:.0f}" for s, left, at in r.trail()]
-        yield f"- {r.threat}, {r.effort}, seed {r.seed}: " + ", ".join(parts)
+        yield f"- {r.threat}, {r.label}, seed {r.seed}: " + ", ".join(parts)
 
 
 def work(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Return what the runs told of themselves, and the memory they needed."""
     return [
-        (r.threat, r.effort, str(r.seed), f"{r.passes:.0f}", str(r.told), f"{r.silence:.1f}", f"{r.memory:.2f}")
+        (r.threat, r.label, str(r.seed), f"{r.passes:.0f}", str(r.told), f"{r.silence:.1f}", f"{r.memory:.2f}")
         for r in rows
         if r.told
     ]
@@ -315,11 +373,15 @@ def _arguments() -> argparse.Namespace:
     add("--mnist", type=Path, metavar="WEIGHTS", help="state dict of a network of the demo's architecture")
     add("--cifar", type=Path, nargs=2, metavar=("WEIGHTS", "DATA"), help="a ResNet-20 and CIFAR-10 images")
     add("--imagenet", type=Path, metavar="DATA", help="images of the 1,000 classes")
+    add("--model", nargs=2, metavar=("MODEL", "DATA"), help="any that assay loads")
+    add("--arch", metavar="MODULE:CALLABLE", help="of --model, where it is a file of weights")
     add("--models", nargs="+", choices=[*THREATS], help="default: the demo network and all whose files are given")
     add("--limit", type=int, help=f"samples; default: {LIMITS}")
     add("--threats", nargs="+", help="default: those of the network")
     add("--efforts", nargs="*", choices=EFFORTS, default=("quick", "standard", "thorough"))
     add("--seeds", nargs="+", type=int, default=(0,))
+    add("--precisions", nargs="+", choices=("float32", "bf16"), default=("float32",), help="to search with")
+    add("--device", default="cpu", help="cpu, cuda")
     add("--original", action="store_true", help="run torchattacks' copy of AutoAttack, too")
     add("--cache", type=Path, default=Path("runs/verdict"))
     add("--cached", action="store_true", help="run nothing: the tables of what the cache has")

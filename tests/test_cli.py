@@ -123,6 +123,11 @@ def test_help_teaches(tmp_path):
         (["evaluate", "demo:mnist-plain", "demo:mnist", "--threat", "linf:0.3", "--size", 0], 3, "a side of 0"),
         (["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--sigma", 0.25], 2, "--method smoothing"),
         (
+            ["certify", "demo:mnist-plain", "demo:mnist", "--threat=l2:1", "--method=smoothing", "--arithmetic=real"],
+            2,
+            "--arithmetic only with a proof about the network",
+        ),
+        (
             ["certify", "demo:mnist-plain", "demo:mnist", "--threat", "l2:1", "--n", 10_000, "--alpha", 0.1],
             2,
             "--alpha",

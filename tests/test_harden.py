@@ -368,6 +368,7 @@ def test_a_training_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
         (UsageError, "augmentation", {"augment": "flop"}),
         (DataError, "at least one batch", {"batch_size": 1000}),
         (DataError, "labels from 0 to 2", {"train": (torch.rand(90, 1, 4, 4), torch.full((90,), 7))}),
+        (DataError, "two classes; found 86", {"train": (torch.ones(90, 1, 4, 4), torch.ones(90).long())}),
         (DataError, "inputs inside the box", {"train": (torch.randn(90, 1, 4, 4), torch.zeros(90).long())}),
         (ModelError, r"a torch\.nn\.Module with parameters", {"net": lambda x: x}),
         (RunError, r"ends in \.safetensors", {"out": "net.bin"}),

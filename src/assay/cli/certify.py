@@ -145,6 +145,8 @@ def _check_given(context: typer.Context, method: str, vnnlib: Path | None) -> No
     """Refuse options that this way to prove would ignore."""
     if method != "smoothing":
         o.only_with("--method smoothing", context, "sigma", "noise", "kept", "n", "n0", "alpha")
+    else:
+        o.only_with("a proof about the network", context, "arithmetic")
     if method != "complete":
         o.only_with("--method complete", context, "seconds")
     if vnnlib is None:

@@ -147,7 +147,7 @@ def only_with(what: str, context: typer.Context, *names: str) -> None:
     sources = {name: context.get_parameter_source(name) for name in names}
     given = [f"--{name.replace('_', '-')}" for name, s in sources.items() if s is not None and s.name == "COMMANDLINE"]
     if given:
-        raise UsageError(f"{', '.join(given)} only with {what}", "it without", f"Leave it out, or add {what}.")
+        raise UsageError(f"{', '.join(given)} only with {what}", "it without", f"Leave it out, or take {what}.")
 
 
 def spare(*files: Path | None) -> None:
