@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import assay
+from assay.attacks import FMN, LOSSES, PGD, Square
 from assay.cli.app import app
+from assay.core.random import Draws
 from assay.core.registry import UsageError
 from assay.models import Door
 from assay.models.fingerprint import fingerprint
-from assay.threats import Goal
+from assay.threats import Goal, Problem, Threat
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,37 @@ def test_a_search_in_bfloat16_ends_where_one_in_float32_does(model, digits):
     rough, fine = (assay.evaluate(replace(model, precision=p), digits, "linf:0.1", **how) for p in ("bf16", "float32"))
     assert abs(rough.robust_accuracy - fine.robust_accuracy) <= 1 / 24
     assert not [f for f in rough.findings if f.severity != "info"]
+
+
+def test_smallest_perturbations_found_in_bfloat16_are_those_of_float32(model, digits):
+    how = {"effort": "quick", "progress": False}
+    rough, fine = (assay.evaluate(replace(model, precision=p), digits, "l2", **how) for p in ("bf16", "float32"))
+    assert rough.run.manifest["totals"]["rejected"] == 0
+    sizes, true = (torch.tensor(e.samples["size"].to_pylist()) for e in (rough, fine))
+    assert sizes.median() <= 1.05 * true.median()
+
+
+@pytest.fixture
+def cancelling():
+    """A network that subtracts two numbers near 100, of which bfloat16 keeps no digit after the point."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(2))
+        net[0].bias.fill_(100)
+        net[1].weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+        net[1].bias.copy_(torch.tensor([0.0, 0.05]))
+    return assay.Model(net, precision="bf16")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", [PGD(), FMN(), Square()], ids=["pgd", "fmn", "square"])
+def test_no_search_ends_with_a_success_that_is_rounding(cancelling, attack, norm):
+    x, y = torch.tensor([[0.2, 0.1], [0.25, 0.1]]), torch.tensor([0, 0])
+    p = Problem.pose(x, y, Threat(norm, 0.01, box=cancelling.domain), Draws.of(0, torch.arange(2)))
+    with cancelling.frozen() as live:
+        door = Door(live, 2)
+        assert door.score(x, p, LOSSES["margin"]).success.all()  # bfloat16 is wrong about both
+        assert not attack.run(door, p).success.any()
 
 
 def test_a_goal_that_is_met_within_the_rounding_is_not_met_clearly():

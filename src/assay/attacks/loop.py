@@ -86,7 +86,7 @@ class StepAttack(Runnable, Generic[S, E]):
         for k in range(self.questions + 1):
             x = q.snap(s.x)
             e = self.query(door, x, q, k)
-            best = best.or_better(p, x, e.success, self.rank(e), smallest=self.minimal or p.minimal)
+            best = self._counted(door, p, x, e, best)
             if k == self.questions:
                 break
             going = self._going(door, q, s, best, k, on=on)
@@ -99,6 +99,15 @@ class StepAttack(Runnable, Generic[S, E]):
                 s, e = _take(s, rows), e.take(rows)  # type: ignore[assignment]
             s = self.update(q, s, e, k)
         return out.updated(live, best.outcome(), by=0)
+
+    def _counted(self, door: Door, p: Problem, x: Inputs, e: E, best: "Best") -> "Best":
+        """Return the best points, x among them; a success seen in less precision counts if the network agrees."""
+        rank, smallest = self.rank(e), self.minimal or p.minimal
+        after = best.or_better(p, x, e.success, rank, smallest=smallest)
+        if not door.live.model.narrow:
+            return after
+        new = after.success & (~best.success | (after.rank > best.rank))
+        return best.or_better(p, x, e.success & (~new | door.agrees(x, p, new)), rank, smallest=smallest)
 
     def _run_rows(self, door: Door, p: Problem, rows: Rows, *, full: bool) -> Outcome:
         """Run on those samples only that can pay for the first query."""

@@ -363,8 +363,9 @@ def _classes(model: Model, sources: Sequence[Data]) -> int:
             bad = ~((x >= box.lo) & (x <= box.hi)).flatten(1).all(1)
             if bad.any():
                 raise outside_box(box, (float(x.min()), float(x.max())), rows[bad].tolist(), len(data))
-    if len(sources[0].labels.unique()) < 2:
-        found = f"{len(sources[0])} samples of class {int(sources[0].labels[0])}"
+    labels = sources[0].labels
+    if int(labels.min()) == int(labels.max()):
+        found = f"{len(labels)} samples of class {int(labels[0])}"
         raise DataError("training samples of at least two classes", found, "Shuffle the data, or give more of them.")
     return c
 

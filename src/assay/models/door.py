@@ -197,6 +197,16 @@ class Door:
         reached = p.goal.reached(self.live.model.joint(z, p.goal))
         return Decision(reached if can is None else reached & can, z.argmax(1))
 
+    def agrees(self, x: Inputs, p: Problem, asked: Mask) -> Mask:
+        """Tell for which of the points ``asked`` (b,) the network as it is meets the goal, too.
+
+        *Cost*: a forward pass of each; where it cannot be paid for, the answer is yes, and verification has the word.
+        """
+        at = asked.nonzero()[:, 0]
+        if (can := self.affords(p.rows[at], 1, self.live.model.deciding)) is not None:
+            at = at[can]
+        return asked.index_copy(0, at, self.decide(x[at], p.take(at)).success) if len(at) else asked
+
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
         z = self._ask(self.live.search, x, p.rows, self.live.model.samples)
         self._check_labels(p.goal, z)

@@ -178,6 +178,11 @@ class Model:
         return any(isinstance(r, Float64) for r in self.repairs)
 
     @property
+    def narrow(self) -> bool:
+        """Whether searching computes in less precision than the network has."""
+        return self.precision != "float32" and not self.wide
+
+    @property
     def module(self) -> nn.Module | None:
         """The net, where it is a module: what has parameters, modes and buffers."""
         return self.net if isinstance(self.net, nn.Module) else None
@@ -265,8 +270,11 @@ def are_probabilities(z: Tensor) -> bool:
 
 _LEAST_PROBABILITY = 1e-300
 
-_ROUNDING = {"float32": ROUNDING, "bf16": 0.02}
-"""The share of the larger of two logits that may be rounding, in each precision of a search."""
+_ROUNDING = {"float32": ROUNDING, "bf16": 2**-8}
+"""The share of the larger of two logits by which a success must be clear, in each precision of a search.
+
+In bfloat16 it is one unit in the last place. Rounding inside the network may be more: there each success is asked about
+again, by the network as it is, before the search counts on it."""
 
 
 def as_model(model: Model | Net) -> Model:
@@ -302,9 +310,7 @@ class Live:
         return self.search(x)
 
     def _narrow(self) -> AbstractContextManager[object]:
-        if self.model.precision == "float32" or self.model.wide:
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16) if self.model.narrow else nullcontext()
 
 
 class _Kept:
