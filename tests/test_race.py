@@ -342,6 +342,28 @@ def test_a_round_that_is_too_dear_is_passed_over(digits, monkeypatch):
     assert result.passes.forwards + result.passes.backwards <= 30 * 120 + 12 * 120
 
 
+def test_the_first_search_by_scores_is_tried_on_a_few_however_dear_it_is(digits, monkeypatch):
+    """Gradients led nowhere and spent what was granted; a second search is passed over, unless the first one pays."""
+    futile = tuple(Round(f"{i}", "ce", PGD(steps=5, rel_step=0.01)) for i in range(4))
+    searches = tuple(Round(f"square-{i}", "outside", Square(steps=200, p=1e-3), 0.05, block=8) for i in range(2))
+    monkeypatch.setattr(engine, "plan_for", lambda *_, **__: Plan((*futile, *searches), most=30))
+    model, data = digits
+    e = assay.evaluate(model, data, "linf:0.01", progress=False)
+    stages = {s["name"]: s["entered"] for s in e.stages()}
+    assert [*stages] == ["clean", "0", "1", "square-0", "shrink"]
+    assert stages["square-0"] == 6  # a twentieth of what stands
+
+
+def test_few_survivors_are_not_searched_by_scores_once_the_race_is_too_dear(digits, monkeypatch):
+    strong = Round("strong", "margin", PGD(steps=20), opener=True)
+    futile = tuple(Round(f"{i}", "ce", PGD(steps=30, rel_step=0.01)) for i in range(2))
+    search = Round("square", "outside", Square(steps=500), 0.05, block=8)
+    monkeypatch.setattr(engine, "plan_for", lambda *_, **__: Plan((strong, *futile, search), most=30))
+    e = assay.evaluate("demo:mnist-plain", digits[1], "linf:0.12", progress=False)
+    assert 0 < e.robust_accuracy < 0.05
+    assert "square" not in [s["name"] for s in e.stages()]
+
+
 def test_at_the_eps_of_a_list_what_fell_is_attacked_again(digits):
     """Robust accuracy at smaller eps is then that of attacks, not of shrunk perturbations of larger ones."""
     model, data = digits

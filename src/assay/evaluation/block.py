@@ -24,7 +24,7 @@ from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, choose, pe
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
 from assay.evaluation.proving import CHALLENGE, COMPLETE, Proven, Proving
-from assay.evaluation.race import CHEAP, FALLEN, HOT, Plan, Race, Round, margins, passes_of
+from assay.evaluation.race import CHEAP, FALLEN, HOT, SPREAD, Plan, Race, Round, margins, passes_of, sees_scores
 from assay.models import Door, Live, Model
 from assay.runs.store import packed_arrays
 from assay.threats import Goal, Problem, Threat
@@ -230,7 +230,8 @@ class _Block:
         spent = int(self.clock.door.forwards.sum() + self.clock.door.backwards.sum())
         standing, right = int(race.standing.sum()), int((self.right & (self.proven.lower == 0)).sum())
         cost, granted = race.given * passes_of(part.attack), most * standing + FALLEN * (right - standing)
-        free = part.opener or race.yielded >= HOT or cost <= CHEAP * right
+        first = part is next((r for r in self.job.plan.rounds if sees_scores(r.attack)), None) and race.in_first_block
+        free = part.opener or race.yielded >= HOT or cost <= CHEAP * right or (first and standing >= SPREAD * right)
         return not free and spent / self.job.model.samples + cost > granted
 
     def _attack(self, race: Race, part: Round, ids: Labels, first: int) -> None:

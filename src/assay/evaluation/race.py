@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.attacks import Bisect, Cascade, Chain, Runnable, Targets, describe_attack
-from assay.attacks.loop import StepAttack
+from assay.attacks.loop import ScoreAttack, StepAttack
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample
 
@@ -86,7 +86,9 @@ class Plan:
 
     A block of samples is passed over if it could make the race cost more than ``most`` passes for each sample that
     stands and ``FALLEN`` for each that fell (None: no limit); but not an opener, nor what follows a block or a turn of
-    which ``HOT`` fell. Where the robust accuracy at smaller eps is wanted, too, ``tighten`` is run at each of them.
+    which ``HOT`` fell, nor, where ``SPREAD`` of all samples stand, the first block that is searched by scores: what no
+    gradient led to may fall to it. Where the robust accuracy at smaller eps is wanted, too, ``tighten`` is run at each
+    of them.
     """
 
     rounds: tuple[Round, ...]
@@ -186,6 +188,11 @@ class Race:
         ids, self.waiting = self.waiting[:most], self.waiting[most:]
         return rounds[self.order[self.leg]], ids
 
+    @property
+    def in_first_block(self) -> bool:
+        """Whether what is attacked now is the first block that its round is given."""
+        return not self.turn and self.given == self.given_in_turn
+
     def pass_over(self) -> None:
         """Leave the block that was just given, and the rest of its round."""
         self.waiting = self.waiting[:0]
@@ -270,6 +277,11 @@ class Race:
 
 _LOTS = 11
 """Names the random numbers that say on which samples openers are tried."""
+
+
+def sees_scores(attack: Runnable) -> bool:
+    """Tell whether an attack begins with a search by scores, without gradients."""
+    return isinstance(attack.attacks[0] if isinstance(attack, Chain) else attack, ScoreAttack)
 
 
 def passes_of(attack: Runnable) -> int:
