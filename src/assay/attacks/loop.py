@@ -104,7 +104,7 @@ class StepAttack(Runnable, Generic[S, E]):
         """Return the best points, x among them; a success seen in less precision counts if the network agrees."""
         rank, smallest = self.rank(e), self.minimal or p.minimal
         after = best.or_better(p, x, e.success, rank, smallest=smallest)
-        if not door.live.model.narrow:
+        if not door.live.model.narrow or isinstance(e, Decision):  # decisions are the network's own already
             return after
         new = after.success & (~best.success | (after.rank > best.rank))
         return best.or_better(p, x, e.success & (~new | door.agrees(x, p, new)), rank, smallest=smallest)
