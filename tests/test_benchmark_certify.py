@@ -1,8 +1,7 @@
 """The pure parts of benchmarks/certify.py: what is asked about whom, and tables of what is kept."""
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +12,10 @@ from torch import nn
 
 import assay
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "certify", raising=False)
-    return importlib.import_module("certify")
+def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("certify")
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """The pure parts of benchmarks/minimal_norm.py: verification, areas, optimality, the counter of passes."""
 
-import importlib
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,24 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 INF = math.inf
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(name)
+@pytest.fixture
+def measures(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("_minimal_area")
 
 
 @pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("_minimal_area", monkeypatch)
-
-
-@pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("_minimal_peers", monkeypatch)
+def peers(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("_minimal_peers")
 
 
 class Halves(nn.Module):
@@ -110,8 +102,8 @@ def test_starts_are_of_another_class(peers: ModuleType) -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, measures: ModuleType, peers: ModuleType) -> ModuleType:
-    return load("minimal_norm", monkeypatch)
+def bench(benchmark_module: Callable[[str], ModuleType], measures: ModuleType, peers: ModuleType) -> ModuleType:
+    return benchmark_module("minimal_norm")
 
 
 def test_on_small_budgets_rounds_are_fewer_and_not_shorter(bench: ModuleType) -> None:

@@ -1,8 +1,7 @@
 """benchmarks/verdict.py on a network of two inputs: what is run, kept, and said of it."""
 
 import argparse
-import importlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +12,12 @@ from torch import nn
 
 import assay
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 THREAT = "linf:0.25"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "verdict", raising=False)
-    return importlib.import_module("verdict")
+def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("verdict")
 
 
 @pytest.fixture

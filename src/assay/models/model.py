@@ -169,7 +169,7 @@ class Model:
 
     @property
     def rounding(self) -> float:
-        """The share of a logit that may be rounding in what a search is told."""
+        """The share of the larger of two logits by which a success must be clear while searching."""
         return _ROUNDING[self.precision]
 
     @property
