@@ -1,6 +1,7 @@
 """What it takes to share an evaluation: speed-up here, what the driver does for each part, and 256 workers simulated.
 
-``speedup`` runs the same evaluation in this process and with workers, and compares the tables. ``driver`` measures what
+``speedup`` runs the same evaluation in this process and with workers, and compares the tables. ``team`` runs it with
+one block at a time and with several side by side, whose questions share calls of the network. ``driver`` measures what
 the one process that stores parts does with them. ``cluster`` runs the scheduler that the executors use, on a simulated
 clock, over workers that die, come back late, and are slow.
 
@@ -8,6 +9,7 @@ Example:
     OMP_NUM_THREADS=1 python benchmarks/scale.py driver
     OMP_NUM_THREADS=1 python benchmarks/scale.py cluster --workers 64 128 256 512
     OMP_NUM_THREADS=1 python benchmarks/scale.py speedup --executor processes
+    OMP_NUM_THREADS=1 python benchmarks/scale.py team --device cuda
 """
 
 import argparse
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,9 +36,11 @@ from assay.distributed import Processes, RayExecutor
 from assay.distributed.pool import Answered, Died, Event, Ready, drive
 from assay.distributed.schedule import Rules
 from assay.distributed.worker import attempt, outcome
+from assay.evaluation import team
 from assay.evaluation.block import Part
 from assay.evaluation.manifest import finish
 from assay.evaluation.result import Evaluation
+from assay.models.line import Line
 from assay.runs import Run
 from assay.runs.store import packed_arrays
 
@@ -44,7 +49,7 @@ MB = 1e6
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("speedup")
@@ -53,6 +58,7 @@ def main() -> None:
     one.add_argument("--effort", default="quick")
     one.add_argument("--rounds", type=int, default=3)
     one.set_defaults(run=speedup)
+    _beside(commands.add_parser("team"))
     two = commands.add_parser("driver")
     two.add_argument("--parts", type=int, default=1250)
     two.add_argument("--shape", type=int, nargs=3, default=[3, 224, 224])
@@ -80,6 +86,16 @@ def main() -> None:
 # Speed-up on this machine.
 
 
+def _beside(parser: argparse.ArgumentParser) -> None:
+    for name, default in {"model": "demo:mnist-robust", "data": "demo:mnist", "threat": "linf:0.3"}.items():
+        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--limit", type=int, default=8192)
+    parser.add_argument("--effort", default="standard")
+    parser.add_argument("--device")
+    parser.add_argument("--most", type=int, nargs="+", default=[1, 8], help="blocks at a time")
+    parser.set_defaults(run=side_by_side)
+
+
 def speedup(options: argparse.Namespace) -> None:
     """Evaluate the hardened demo model in this process, with one worker and with two, in turn.
 
@@ -103,6 +119,30 @@ def speedup(options: argparse.Namespace) -> None:
     for name, rounds in took.items():
         wall, ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(f"{name:10} {wall:6.1f} s; CPU: {ours:.1f} s here, {theirs:.1f} s in workers")
+
+
+def side_by_side(options: argparse.Namespace) -> None:
+    """Evaluate with so many blocks at a time, and count the calls of the network and the rows that were asked about."""
+    model, data = assay.load_model(options.model), assay.load_data(options.data, limit=options.limit)
+    print(f"{options.threat}, {options.effort}, {len(data)} samples, load {os.getloadavg()[0]:.1f}")
+    tables, whole = [], Line._call
+    for most in options.most:
+        rows: list[int] = []
+
+        def counted(line: Line, asked: Any, rows: list[int] = rows) -> Any:
+            rows.append(sum(at.stop - at.start for _, at in asked))
+            return whole(line, asked)
+
+        with patch.object(team, "_MOST", most), patch.object(Line, "_call", counted):
+            begin, before = time.perf_counter(), _cpu()[0]
+            result = assay.evaluate(model, data, options.threat, options.effort, progress=False, device=options.device)
+            wall, cpu = time.perf_counter() - begin, _cpu()[0] - before
+        tables.append(result.samples)
+        told = f"{len(rows)} calls of {statistics.mean(rows):.0f} rows, {sum(n <= 16 for n in rows)} of at most 16"
+        print(
+            f"{most} at a time: {told}; {wall:.0f} s, CPU {cpu:.0f} s; robust {result.robust_accuracy:.4f}", flush=True
+        )
+    print(f"tables identical: {all(t.equals(tables[0]) for t in tables)}")
 
 
 def _cpu() -> tuple[float, float]:

@@ -379,7 +379,7 @@ def test_ctrl_c_ends_with_130_the_race_so_far_and_the_command_to_go_on(tmp_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    deadline, journal = time.monotonic() + 120, tmp_path / "run" / "race" / "block.npz"
+    deadline, journal = time.monotonic() + 120, tmp_path / "run" / "race" / "block-00000000.npz"
     while not journal.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from assay.attacks.losses import cross_entropy, margin
 from assay.core.errors import DataError, ModelError, ModelOutputError, NonFiniteError
 from assay.core.random import Draws
+from assay.core.together import together
 from assay.models import Door, Model
+from assay.models.line import Line
 from assay.threats import Box, Problem, Threat
 
 
@@ -402,12 +406,80 @@ def test_a_sample_is_answered_alike_to_the_last_bit_in_batches_of_any_size(
     x, rows = images(64), torch.arange(64)
     with opened(make(), 64) as door:
         p = posed(x)
-        together, exact = door.gradient(x, p, loss), door.logits(x, rows)
-        assert torch.allclose(together.logits, exact, atol=1e-5)
+        whole, exact = door.gradient(x, p, loss), door.logits(x, rows)
+        assert torch.allclose(whole.logits, exact, atol=1e-5)
         for size in (1, 7, 8, 20):
             for start in (0, 33):
                 at = rows[start : start + size]
                 part = door.gradient(x[at], p.take(at), loss)
-                assert torch.equal(part.logits, together.logits[at]), f"logits in a batch of {size}"
-                assert torch.equal(part.grad, together.grad[at]), f"gradients in a batch of {size}"
+                assert torch.equal(part.logits, whole.logits[at]), f"logits in a batch of {size}"
+                assert torch.equal(part.grad, whole.grad[at]), f"gradients in a batch of {size}"
                 assert torch.equal(door.logits(x[at], at), exact[at]), f"logits, without a gradient, of {size}"
+
+
+class Counting(nn.Module):
+    """Notes how many rows it is asked about, and whether for a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = cnn(), list[tuple[int, bool]]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append((len(x), x.requires_grad))
+        return self.net(x)
+
+
+def pair(z: Tensor, goal: Any) -> Tensor:
+    """Two functions of the logits."""
+    return torch.stack([margin(z, goal), cross_entropy(z, goal)], 1)
+
+
+QUESTIONS: list[Callable[[Door, Tensor, Problem], Any]] = [
+    lambda door, x, p: door.gradient(x, p, margin),
+    lambda door, x, p: door.gradient(x, p, cross_entropy),
+    lambda door, x, p: door.slopes(x, p, pair, 2),
+    lambda door, x, p: door.gradient(x, p, margin, lambda v, rows: v.roll(1, 2) * (1 + rows.view(-1, 1, 1, 1))),
+    lambda door, x, p: door.score(x, p, margin),
+    lambda door, x, p: door.decide(x, p),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": 3, "fixed_rows": True}, {"rows": 10}, {"tuned": False}])
+def test_what_several_doors_ask_is_asked_together_and_answered_as_alone(options: dict[str, Any]) -> None:
+    x, net = images(30), Counting()
+    with Model(net, **options).frozen() as live:
+        lots = [torch.arange(5 * i, 5 * i + 5) for i in range(len(QUESTIONS))]
+
+        def ask(i: int, door: Door) -> Any:
+            at = lots[i]
+            return QUESTIONS[i](door, x[at], replace(posed(x).take(at), rows=torch.arange(5)))
+
+        alone = [ask(i, Door(live, 5)) for i in range(len(lots))]
+        net.calls.clear()
+        doors: dict[int, Door] = {}
+
+        def work(i: int, seat: Any) -> tuple[int, Any]:
+            doors[i] = Door(live, 5, ask=seat.ask)
+            return i, ask(i, doors[i])
+
+        found = dict(together([partial(work, i) for i in range(len(lots))], Line(live).answers, len(lots)))
+    for i, wanted in enumerate(alone):
+        for name in wanted.__dataclass_fields__:
+            assert torch.equal(getattr(found[i], name), getattr(wanted, name)), (i, name)
+        assert doors[i].forwards.tolist() == [1] * 5
+        assert doors[i].backwards.tolist() == [[1, 1, 2, 1, 0, 0][i]] * 5
+    if not options:
+        assert sorted(net.calls) == [(8, False), (8, False), (24, True)]
+
+
+def test_when_memory_runs_out_for_several_questions_each_is_answered_all_the_same() -> None:
+    x = images(40)
+    with Model(Small(16)).frozen() as live:
+
+        def work(i: int, seat: Any) -> Tensor:
+            at = torch.arange(20 * i, 20 * i + 20)
+            return Door(live, 40, ask=seat.ask).logits(x[at], at)
+
+        parts = [*together([partial(work, i) for i in range(2)], Line(live).answers, 2)]
+    with opened(Small(10**6), 40) as door:
+        assert torch.equal(torch.cat(parts), door.logits(x, torch.arange(40)))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,13 @@ from torch import nn
 
 import assay
 from assay.attacks import Outcome, Runnable
+from assay.certification import Proof
 from assay.core.errors import AssayError, RunError, ThreatError
+from assay.core.executor import serial
 from assay.core.registry import UsageError
-from assay.evaluation import Plan, Round, course, plan_for
+from assay.evaluation import Plan, Round, course, plan_for, team
 from assay.evaluation.block import Job, run_block
+from assay.evaluation.course import Course
 from assay.runs import SAMPLES, Run
 
 
@@ -154,6 +158,49 @@ class StopAfter:
 def small(monkeypatch):
     """Blocks of eight, so that forty samples are several."""
     monkeypatch.setattr(course, "BLOCK", 8)
+
+
+def test_blocks_that_race_side_by_side_end_as_one_by_one_with_fewer_calls(small, digits, monkeypatch):
+    model, data = digits
+    calls, sizes = [], []
+
+    def net(x):
+        sizes.append(len(x))
+        return model(x)
+
+    def evaluated(most):
+        monkeypatch.setattr(team, "_MOST", most)
+        sizes.clear()
+        done = assay.evaluate(net, data, "linf:0.35", progress=False)
+        calls.append(len(sizes))
+        return done
+
+    alone, beside = evaluated(1), evaluated(8)
+    assert beside.samples.equals(alone.samples)
+    counts = [sorted([*s.items()][:-1] for s in e.stages()) for e in (alone, beside)]
+    assert counts[0] == counts[1]
+    assert calls[1] < 0.6 * calls[0]
+
+
+def test_blocks_are_done_one_by_one_where_they_must_not_meet(small, digits):
+    model, data = digits
+    job = Job(model, data, assay.Threat("linf", 0.1), plan_for("quick", assay.Threat("linf", 0.1)), 0, None)
+    assert team.team_for(job, Course()) is not serial
+    assert team.team_for(job, Course(width=0.1)) is serial
+    for changed in ({"model": replace(model, samples=2)}, {"proof": Proof("crown")}, {"plan": Plan(())}):
+        assert team.team_for(replace(job, **changed), Course()) is serial
+
+
+def test_what_was_seen_of_blocks_under_way_is_told(small, digits):
+    told = []
+    model, data = digits
+    result = assay.evaluate(model, data, "linf:0.35", "quick", progress=told.append)
+    first = next(s for s in told if s.seen)
+    assert first.done == 0
+    assert first.right <= first.seen == 8
+    assert max(s.seen for s in told if not s.done) == 40
+    assert all(s.fooled <= s.right <= s.seen for s in told if s.stage != "checks")
+    assert [(s.done, s.seen, s.right - s.fooled) for s in told[-1:]] == [(40, 40, round(40 * result.robust_accuracy))]
 
 
 def test_an_interrupted_run_is_a_valid_result_and_goes_on(small, digits, tmp_path):

@@ -478,7 +478,7 @@ def test_a_killed_proof_ends_in_the_same_table(tmp_path):
     command += ["--limit", "130", "--quiet", "--out"]
     subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
     killed = subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    journal_file = tmp_path / "killed" / "race" / "block.npz"
+    journal_file = tmp_path / "killed" / "race" / "block-00000000.npz"
     while not journal_file.exists():
         assert killed.poll() is None, "it was over before it could be killed"
         time.sleep(0.05)

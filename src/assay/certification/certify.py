@@ -18,7 +18,7 @@ from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample
 from assay.data import load_data
 from assay.models import Door, Model, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.models.loaded import Net
 from assay.threats import Threat
 from assay.threats.threat import outside_box

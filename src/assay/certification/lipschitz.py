@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from assay.core.errors import DataError, ModelError
 from assay.core.types import Inputs, Labels, PerSample
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.models.model import Model
 from assay.nets import GroupSort
 

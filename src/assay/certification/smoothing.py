@@ -18,7 +18,7 @@ from assay.core.progress import Progress, silent
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Labels, Mask, PerSample
 from assay.models import Model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.models.loaded import Net
 from assay.threats.threat import Box, outside_box
 

@@ -7,7 +7,10 @@ from typing import Protocol, final
 @final
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of an evaluation at one moment; counts are samples, ``proven`` None where nothing is to be proven."""
+    """The state of an evaluation at one moment; counts are samples, ``proven`` None where nothing is to be proven.
+
+    ``done`` are stored; ``right`` and ``fooled`` are of all that were ``seen``, where that is more.
+    """
 
     total: int
     done: int
@@ -17,6 +20,7 @@ class Snapshot:
     passes: int
     seconds: float
     proven: int | None = None
+    seen: int = 0
 
 
 class Progress(Protocol):

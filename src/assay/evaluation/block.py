@@ -3,11 +3,11 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from assay.certification import Proof
 from assay.certification.certify import contradiction
 from assay.certification.prover import Prover
 from assay.core.random import Draws
+from assay.core.together import Seat
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, choose, per_sample
 from assay.data import Data
 from assay.evaluation.journal import Journal, packed, unpacked
 from assay.evaluation.proving import CHALLENGE, COMPLETE, Proven, Proving
 from assay.evaluation.race import CHEAP, FALLEN, HOT, SPREAD, Plan, Race, Round, margins, passes_of, sees_scores
 from assay.models import Door, Live, Model
+from assay.models.line import Answer, Line, Question
 from assay.runs.store import packed_arrays
 from assay.threats import Goal, Problem, Threat
 from assay.threats.problem import exact_size
@@ -58,6 +60,15 @@ class Job:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a block asks whose questions are answered together with those of others."""
+
+    live: Live
+    seat: Seat[Question, Answer]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Part:
     """What came of one block, ready to be stored."""
 
@@ -66,11 +77,24 @@ class Part:
     tally: dict[str, Any]
 
 
-Tell: TypeAlias = Callable[[str, int], None]
-"""Is told, after each question to the model, the stage and the number of passes."""
+@final
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """How a block stands while it is under way: its first sample, its samples, and how many are right and fooled."""
+
+    first: int
+    samples: int
+    right: int
+    fooled: int
 
 
-def ignore(stage: str, passes: int) -> None:
+class Tell(Protocol):
+    """Is told, after each question to the model, the stage and the number of passes, or how a block stands."""
+
+    def __call__(self, stage: str, passes: int, so_far: SoFar | None = None, /) -> None: ...
+
+
+def ignore(stage: str, passes: int, so_far: SoFar | None = None, /) -> None:
     """Tell nobody."""
 
 
@@ -81,22 +105,31 @@ def run_block(
     journal: Path | None = None,
     deadline: float = math.inf,
     prover: Prover | None = None,
+    desk: Desk | None = None,
 ) -> Part:
     """Attack the samples ``rows`` of the job's data: all that one call of an executor does.
 
-    With a ``journal``, goes on with the race that is kept there, and keeps it there until the block is done. After the
-    ``deadline``, on the clock ``time.monotonic``, no further attack and no further proof begins.
-    What the job's ``proof`` needs is made anew where no ``prover`` is given.
+    With a folder for a ``journal``, goes on with the race that is kept there, and keeps it there until the block is
+    done. After the ``deadline``, on the clock ``time.monotonic``, no further attack and no further proof begins.
+    What the job's ``proof`` needs is made anew where no ``prover`` is given. Without a ``desk``, the block has the
+    network for itself.
 
     Raises:
         ContradictionError: a sample is proven and fooled at once.
     """
     if prover is None and job.proof is not None:
         prover = job.proof.prover(job.model, job.data.shape, job.device)
+    if desk is not None:
+        return _Block(job, desk, rows, tell, journal, deadline, prover).run()
     with job.model.frozen(job.device) as live:
         # The draws of attacks belong to samples; those of a model that is random can only belong to a block.
         torch.manual_seed(hash((job.seed, rows[0])) % 2**63)
-        return _Block(job, live, rows, tell, Journal(journal), deadline, prover).run()
+        return _Block(job, Desk(live, Seat(Line(live).ask)), rows, tell, journal, deadline, prover).run()
+
+
+def kept_in(folder: Path, rows: list[int]) -> Path:
+    """Return the file that keeps the race of a block that is under way."""
+    return folder / f"block-{rows[0]:08d}.npz"
 
 
 class _Block:
@@ -105,15 +138,16 @@ class _Block:
     def __init__(
         self,
         job: Job,
-        live: Live,
+        desk: Desk,
         rows: list[int],
         tell: Tell,
-        journal: Journal,
+        journal: Path | None,
         deadline: float,
         prover: Prover | None,
     ) -> None:
-        self.job, self.index, self.journal, self.deadline = job, torch.tensor(rows), journal, deadline
-        self.clock = _Clock(live, self.index, tell)
+        self.job, self.index, self.deadline = job, torch.tensor(rows), deadline
+        self.journal = Journal(None if journal is None else kept_in(journal, rows))
+        self.clock = _Clock(desk, self.index, tell)
         self.x, self.y = job.data.batch(self.index), job.data.labels[self.index]
         self.threat = job.threat
         self.proving: Proving | None = None
@@ -131,6 +165,7 @@ class _Block:
             self._begin()
         if self.proving is not None:
             self.proving.clean = self.clean
+        self._report()
         if self.race is None:
             self._prove_first()
             self.race = self._line_up(self.job.plan.rounds, self.right & (self.proven.lower == 0))
@@ -151,6 +186,11 @@ class _Block:
     def right(self) -> Mask:
         """The samples that the model gets right when nobody interferes."""
         return self.clean.argmax(1) == self.y
+
+    def _report(self) -> None:
+        fooled = sum(int((race.by >= 0).sum()) for race in (self.race, self.audit) if race is not None)
+        so_far = SoFar(int(self.index[0]), len(self.index), int(self.right.sum()), fooled)
+        self.clock.tell(self.clock.name, 0, so_far)
 
     def _begin(self) -> None:
         everyone = torch.arange(len(self.index))
@@ -222,6 +262,7 @@ class _Block:
                 continue
             self._attack(race, *now, first)
             if race is self.race or race is self.audit:
+                self._report()
                 self.journal.save(self._state)
         self.bounded = "max-seconds"
 
@@ -421,9 +462,9 @@ _CHALLENGE = 1 << 20
 class _Clock:
     """The door of a block, and what each stage asked of it."""
 
-    def __init__(self, live: Live, index: Labels, tell: Tell) -> None:
-        self.name, self.tell = "", tell
-        self.door = Door(live, len(index), lambda passes: tell(self.name, passes), index)
+    def __init__(self, desk: Desk, index: Labels, tell: Tell) -> None:
+        self.name, self.tell, self.seat = "", tell, desk.seat
+        self.door = Door(desk.live, len(index), lambda passes: tell(self.name, passes), index, self.seat.ask)
         self.stages: list[dict[str, Any]] = []
         self.claimed = self.rejected = 0
 
@@ -431,7 +472,7 @@ class _Clock:
     def stage(self, name: str, kind: str, entered: int) -> Iterator[dict[str, Any]]:
         """Yield the row of a stage, whose count of what it broke is the caller's to raise."""
         self.name = name
-        before, begin = (self.door.forwards.sum(), self.door.backwards.sum()), time.perf_counter()
+        before, begin = (self.door.forwards.sum(), self.door.backwards.sum()), self._seconds()
         row = next((s for s in self.stages if s["name"] == name), None)
         if row is None:
             row = {"name": name, "kind": kind, **dict.fromkeys(("entered", "broken", "forwards", "backwards"), 0)}
@@ -441,7 +482,11 @@ class _Clock:
         row["entered"] += entered
         row["forwards"] += int(self.door.forwards.sum() - before[0])
         row["backwards"] += int(self.door.backwards.sum() - before[1])
-        row["seconds"] += time.perf_counter() - begin
+        row["seconds"] += self._seconds() - begin
+
+    def _seconds(self) -> float:
+        """Return the time, on a clock that stands still while others are asking."""
+        return time.perf_counter() - self.seat.waited
 
 
 def _shrink(door: Door, p: Problem, x: Inputs) -> tuple[Inputs, Tensor]:

@@ -19,7 +19,8 @@ from assay.evaluation.preflight import check_model
 from assay.evaluation.proving import COMPLETE, STEPS
 from assay.evaluation.reading import check_data
 from assay.models import Door, Live, Model
-from assay.models.door import default_batch, metered
+from assay.models.door import metered
+from assay.models.line import default_batch
 from assay.threats import Problem, Threat
 
 _SECONDS: Final = 0.4

@@ -54,10 +54,11 @@ class Course:
 
     def to_json(self) -> dict[str, Any]:
         """Return what of it decides the numbers."""
-        return {"until_interval": self.width, "block": self._block}
+        return {"until_interval": self.width, "block": self.block}
 
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
+        """Samples that race against each other."""
         return BLOCK if self.width is None else _SIP
 
     def blocks(self, n: int, seed: int) -> list[list[int]]:
@@ -65,7 +66,7 @@ class Course:
         order = torch.arange(n)
         if self.width is not None:
             order = Draws.of(seed, order).fold(_LOTS).uniform((), torch.float64).argsort(stable=True)
-        return [sorted(part.tolist()) for part in order.split(self._block)]  # type: ignore[no-untyped-call]
+        return [sorted(part.tolist()) for part in order.split(self.block)]  # type: ignore[no-untyped-call]
 
     def enough(self, standing: int, n: int) -> bool:
         """Tell whether the share of those standing is known well enough."""

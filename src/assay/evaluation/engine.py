@@ -19,11 +19,11 @@ from rich.console import Console
 from assay.certification import Proof
 from assay.certification.certify import check_threat
 from assay.core.errors import ContradictionError, ThreatError
-from assay.core.executor import Executor, device_of, serial
+from assay.core.executor import Executor, device_of
 from assay.core.progress import Progress, Snapshot, silent
 from assay.core.registry import UsageError, closest
 from assay.data import load_data
-from assay.evaluation.block import Job, Part, run_block
+from assay.evaluation.block import Job, Part, SoFar, kept_in, run_block
 from assay.evaluation.course import Course
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.evaluation.manifest import finish, new_manifest
@@ -32,9 +32,11 @@ from assay.evaluation.preflight import check_model
 from assay.evaluation.reading import check_data
 from assay.evaluation.rescue import examine
 from assay.evaluation.result import Evaluation
+from assay.evaluation.team import team_for
 from assay.models import Model, as_model
-from assay.models.door import default_batch, metered
+from assay.models.door import metered
 from assay.models.fingerprint import fingerprint
+from assay.models.line import default_batch
 from assay.models.loaders import load_model
 from assay.reports import live as live_progress
 from assay.runs import Run
@@ -43,7 +45,7 @@ from assay.runs.schema import LATE, UNATTACKED
 from assay.threats import Threat
 
 Work: TypeAlias = Callable[..., Part]
-"""Does a block: gets the positions of its samples; in this process also ``tell``, ``journal`` and ``deadline``."""
+"""Does a block: gets the positions of its samples; in this process also ``tell``, ``deadline`` and a ``journal``."""
 
 
 def evaluate(
@@ -235,7 +237,7 @@ def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, execut
     watch = _Watch(show, len(job.data), proven=None if run.manifest["identity"]["prove"] is None else 0)
     stored, again = run.samples(), {i for rows in blocks for i in rows}
     watch.add(stored.filter(pa.array([i not in again for i in stored["index"].to_pylist()], pa.bool_())).to_pydict())
-    parts = _parts(run, course, work, blocks, watch, executor)
+    parts = _parts(run, job, course, work, blocks, watch, executor)
     try:
         with contextlib.closing(parts):
             while not course.enough(watch.standing, watch.done):
@@ -243,7 +245,7 @@ def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, execut
                     return watch.done == len(job.data)
                 run.add(part.rows, part.adversarials, part.tally)
                 if part.tally["bounded"] != LATE:  # else the same command goes on from the journal
-                    _journal(run).unlink(missing_ok=True)
+                    kept_in(_journal(run), part.rows["index"]).unlink(missing_ok=True)
                 watch.add(part.rows)
     except KeyboardInterrupt:
         if not run.done():  # what is on disk counts: the interruption may have come right after a batch was stored
@@ -253,20 +255,30 @@ def _work(run: Run, job: Job, course: Course, work: Work, show: Progress, execut
 
 
 def _parts(
-    run: Run, course: Course, work: Work, blocks: list[list[int]], watch: "_Watch", executor: Executor | None
+    run: Run,
+    job: Job,
+    course: Course,
+    work: Work,
+    blocks: list[list[int]],
+    watch: "_Watch",
+    executor: Executor | None,
 ) -> Generator[Part, None, None]:
     """Do the blocks, of which none but the first begins after the deadline; yield what comes of each."""
     seconds = math.inf if course.seconds is None else course.seconds
     deadline, wall = time.monotonic() + seconds, time.time() + seconds
     begun = (rows for i, rows in enumerate(blocks) if not i or time.monotonic() <= deadline)
+    parts: Iterator[Part]
     if executor is None:
         # Only this process can watch inside a block, and keep a journal; to others the work must travel.
-        yield from serial(partial(work, tell=watch.tell, journal=_journal(run), deadline=deadline), begun)
-        return
-    parts = executor(work if course.seconds is None else partial(_until, work, wall), begun)
+        here = partial(work, tell=watch.tell, journal=_journal(run), deadline=deadline)
+        parts = team_for(job, course)(here, begun)
+    else:
+        parts = executor(work if course.seconds is None else partial(_until, work, wall), begun)
     try:
-        for part in parts if course.width is None else _in_turn(parts, blocks):
-            watch.passes += sum(part.rows["forwards"]) + sum(part.rows["backwards"])
+        # Those of which little stands end first: what is stored of a team must not be they alone.
+        for part in _in_turn(parts, blocks) if executor is None or course.width is not None else parts:
+            if executor is not None:
+                watch.passes += sum(part.rows["forwards"]) + sum(part.rows["backwards"])
             yield part
     finally:
         if hasattr(parts, "close"):
@@ -290,7 +302,8 @@ def _in_turn(parts: Iterator[Part], blocks: Iterable[list[int]]) -> Iterator[Par
 
 
 def _journal(run: Run) -> Path:
-    return run.path / "race" / "block.npz"
+    """Return the folder that keeps the races of blocks under way."""
+    return run.path / "race"
 
 
 @final
@@ -305,6 +318,7 @@ class _Watch:
     fooled: int = 0
     passes: int = 0
     proven: int | None = None
+    under_way: dict[int, SoFar] = field(default_factory=dict)
     begin: float = field(default_factory=time.perf_counter)
 
     @property
@@ -313,6 +327,8 @@ class _Watch:
 
     def add(self, rows: Mapping[str, Sequence[Any]]) -> None:
         states = rows["status"]
+        for first in rows["index"][:1]:
+            self.under_way.pop(first, None)
         self.done += len(states)
         self.right += sum(s != "misclassified" for s in states)
         self.fooled += sum(s == "fooled" for s in states)
@@ -321,7 +337,11 @@ class _Watch:
         if states:
             self.tell("store", 0)
 
-    def tell(self, stage: str, passes: int) -> None:
+    def tell(self, stage: str, passes: int, so_far: SoFar | None = None, /) -> None:
         self.passes += passes
-        seconds = time.perf_counter() - self.begin
-        self.show(Snapshot(self.total, self.done, self.right, self.fooled, stage, self.passes, seconds, self.proven))
+        if so_far is not None:
+            self.under_way[so_far.first] = so_far
+        seen, right, fooled, seconds = self.done, self.right, self.fooled, time.perf_counter() - self.begin
+        for part in self.under_way.values():
+            seen, right, fooled = seen + part.samples, right + part.right, fooled + part.fooled
+        self.show(Snapshot(self.total, self.done, right, fooled, stage, self.passes, seconds, self.proven, seen))

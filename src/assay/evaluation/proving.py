@@ -66,7 +66,8 @@ class Proven:
 class Clock(Protocol):
     """Times stages, and tells whoever watches."""
 
-    tell: Callable[[str, int], None]
+    @property
+    def tell(self) -> Callable[[str, int], None]: ...
 
     def stage(self, name: str, kind: str, entered: int) -> AbstractContextManager[dict[str, Any]]: ...
 

@@ -22,8 +22,8 @@ from assay.evaluation.race import Plan
 from assay.evaluation.reading import check_data
 from assay.evaluation.result import Evaluation
 from assay.models import Door, Model
-from assay.models.door import default_batch
 from assay.models.fingerprint import fingerprint
+from assay.models.line import default_batch
 from assay.runs.schema import UNATTACKED
 from assay.threats import Threat
 
@@ -85,7 +85,7 @@ def smooth_block(
     journal: Path | None = None,
     **_: Any,
 ) -> Part:
-    """Certify the samples ``rows``. The votes are kept beside ``journal``, so that an interrupted block goes on."""
+    """Certify the samples ``rows``. The votes are kept in ``journal``, so that an interrupted block goes on."""
     index, begin = torch.tensor(rows), time.perf_counter()
     x, y, passes = job.data.batch(index), job.data.labels[index], 0
 
@@ -128,9 +128,9 @@ def _votes(journal: Path | None, first: int) -> Path | None:
     """Return the file for the votes of the block that begins with sample ``first``; remove those of other blocks."""
     if journal is None:
         return None
-    journal.parent.mkdir(exist_ok=True)
-    mine = journal.with_name(f"votes-{first:08d}.npz")
-    for other in set(journal.parent.glob("votes-*.npz")) - {mine}:
+    journal.mkdir(exist_ok=True)
+    mine = journal / f"votes-{first:08d}.npz"
+    for other in set(journal.glob("votes-*.npz")) - {mine}:
         other.unlink(missing_ok=True)
     return mine
 

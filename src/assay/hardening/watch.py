@@ -10,7 +10,7 @@ from torch import nn
 from assay.attacks import FGSM, PGD, Runnable
 from assay.data import Data
 from assay.models import Model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.threats import Threat
 
 _FALL = 0.5

@@ -1,48 +1,29 @@
-"""The only door between an attack and a model: it counts, differentiates, checks, splits, and leaves no trace."""
+"""The only door between an attack and a model: it counts every pass, keeps limits, and checks what comes back."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import Final, TypeAlias, final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from assay.core.errors import AssayError, DataError, ModelError, ModelOutputError, NonFiniteError
+from assay.core.errors import DataError, NonFiniteError
 from assay.core.random import Draws
 from assay.core.types import Inputs, Labels, Logits, Mask, PerSample, Rows
-from assay.models.loaded import Net
-from assay.models.model import PAD, Live, Smoothing
+from assay.models.line import Answer, Line, Question, Through, narrowed
+from assay.models.model import Live, Smoothing
 from assay.threats.problem import Goal, Problem
 
 _SMOOTHING = 0x5300
 """The stream of random numbers that estimated gradients draw their directions from."""
-
-_FAINT = 1e-24
-"""Slopes whose largest coordinate is below this lose coordinates in float32."""
 
 Loss: TypeAlias = Callable[[Logits, Goal], PerSample]
 """What an attack ascends: from logits (b, c) and the goal to one number a sample."""
 
 Measure: TypeAlias = Callable[[Logits, Goal], Tensor]
 """Several functions of the logits at once: from logits (b, c) and the goal to (b, m)."""
-
-Through: TypeAlias = Callable[[Inputs, Rows], Inputs]
-"""A differentiable step before the model: from points (r, *f) and their positions in the batch to points (r, *f)."""
-
-
-_VALUES: Final = {"cpu": 2**21, "cuda": 2**25}
-"""Input values in one call, by device: what a network keeps for its gradient is hundreds of times as many."""
-
-
-def default_batch(shape: Sequence[int], device: torch.device | str | None) -> int:
-    """Return how many samples of a shape are asked about together by default: fewer, where they are large."""
-    kind = torch.device(device or "cpu").type
-    fits = _VALUES.get(kind, _VALUES["cpu"]) // math.prod(shape)
-    return max(PAD, min(fits, 128 if kind == "cpu" else 1024) // PAD * PAD)
 
 
 @final
@@ -143,13 +124,17 @@ class Door:
     """
 
     def __init__(
-        self, live: Live, n: int, listen: Callable[[int], None] | None = None, indices: Labels | None = None
+        self,
+        live: Live,
+        n: int,
+        listen: Callable[[int], None] | None = None,
+        indices: Labels | None = None,
+        ask: Callable[[Question], Answer] | None = None,
     ) -> None:
-        self.live = live
+        self.live, self._put = live, ask or Line(live).ask
         self.forwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.backwards = torch.zeros(n, dtype=torch.int64, device=live.device)
         self.differentiable = True
-        self._rows = live.model.rows
         self._limit: int | None = None
         self._classes = 2  # until a first answer tells
         self._listen = listen
@@ -183,12 +168,12 @@ class Door:
 
         See :meth:`assay.Model.joint`. All other questions are answered by joint logits.
         """
-        z = self._ask(self.live, x, rows, self.live.model.deciding)
+        z = self._ask(x, rows, self.live.model.deciding, searching=False)
         return z if goal is None else self.live.model.joint(z, goal)
 
     def searched(self, x: Inputs, rows: Rows) -> Logits:
         """Return the logits (b, c) of x (b, *f) as a search sees them: with repairs and faster layers."""
-        return self._ask(self.live.search, x, rows, self.live.model.samples)
+        return self._ask(x, rows, self.live.model.samples, searching=True)
 
     def decide(self, x: Inputs, p: Problem) -> Decision:
         can = self.affords(p.rows, 1, self.live.model.deciding)
@@ -208,23 +193,22 @@ class Door:
         return asked.index_copy(0, at, self.decide(x[at], p.take(at)).success) if len(at) else asked
 
     def score(self, x: Inputs, p: Problem, loss: Loss) -> Score:
-        z = self._ask(self.live.search, x, p.rows, self.live.model.samples)
+        z = self._ask(x, p.rows, self.live.model.samples, searching=True)
         self._check_labels(p.goal, z)
         z = self.live.model.joint(z, p.goal)
         return Score(p.goal.clearly_reached(z, self.live.model.rounding), loss(z, p.goal).to(x.dtype), z)
 
-    def _ask(self, net: Net, x: Inputs, rows: Rows, samples: int) -> Logits:
-        def ask(x: Inputs, rows: Rows) -> list[tuple[Tensor, ...]]:
-            with torch.no_grad():
-                return self._split(x, lambda part, at: (self._forward(net, part, rows[at]),))
+    def _ask(self, x: Inputs, rows: Rows, samples: int, *, searching: bool) -> Logits:
+        def ask(x: Inputs, rows: Rows) -> Logits:
+            return self._put(Question(x, searching, lambda z, at: self._check(z, rows[at]))).logits
 
         can = self.affords(rows, 1, samples)
         if can is None:
             self._count(rows, samples)
-            return _joined(ask(x, rows))[0]
+            return ask(x, rows)
         at = can.nonzero()[:, 0]
         self._count(rows[at], samples)
-        z = _joined(ask(x[at], rows[at]))[0] if len(at) else x.new_zeros(0, self._classes)
+        z = ask(x[at], rows[at]) if len(at) else x.new_zeros(0, self._classes)
         return _spread(z, at, len(x))
 
     def gradient(self, x: Inputs, p: Problem, loss: Loss, through: Through | None = None) -> Gradient:
@@ -254,12 +238,20 @@ class Door:
         return self._exact(x, p, measure, through)
 
     def _exact(self, x: Inputs, p: Problem, measure: Measure, through: Through | None) -> Slopes:
-        with torch.enable_grad():
-            ask = partial(self._differentiate, p=p, measure=measure, through=through)
-            z, values, slopes = _joined(self._split(x, ask))
+        def read(z: Logits, at: slice) -> tuple[Logits, Tensor]:
+            goal = p.goal.take(at)
+            self._check_labels(goal, z)
+            z = self.live.model.joint(z, goal)
+            return z, measure(z, goal)
+
+        a = self._put(Question(x, True, lambda z, at: self._check(z, p.rows[at]), read, through))
+        assert a.values is not None
+        assert a.slopes is not None
+        self.differentiable &= a.differentiable
         each = self.live.model.samples
-        self._count(p.rows, each, each * values.shape[1])
-        return Slopes(p.goal.clearly_reached(z, self.live.model.rounding), z, values.to(x.dtype), slopes)
+        self._count(p.rows, each, each * a.values.shape[1])
+        reached = p.goal.clearly_reached(a.logits, self.live.model.rounding)
+        return Slopes(reached, a.logits, a.values.to(x.dtype), a.slopes)
 
     def _smoothed(
         self, x: Inputs, p: Problem, measure: Measure, smoothing: Smoothing, through: Through | None
@@ -269,7 +261,7 @@ class Door:
 
         def ask(x: Inputs) -> tuple[Logits, Tensor]:
             seen = x if through is None else through(x, every).detach()
-            z = self._ask(self.live.search, seen, p.rows, self.live.model.samples)
+            z = self._ask(seen, p.rows, self.live.model.samples, searching=True)
             self._check_labels(p.goal, z)
             z = self.live.model.joint(z, p.goal)
             return z, measure(z, p.goal)
@@ -289,96 +281,12 @@ class Door:
             p.goal.clearly_reached(z, self.live.model.rounding),
             z,
             values.to(x.dtype),
-            _narrowed(total / smoothing.count, x.dtype),
+            narrowed(total / smoothing.count, x.dtype),
         )
 
-    def _differentiate(
-        self, x: Inputs, at: slice, p: Problem, measure: Measure, through: Through | None
-    ) -> tuple[Tensor, ...]:
-        rows, goal = p.rows[at], p.goal.take(at)
-        n = len(rows)
-        dtype, x = x.dtype, x.clone() if x.is_inference() else x.detach()
-        x = (x.double() if self.live.model.wide else x).requires_grad_()
-        seen = x
-        if through is not None:
-            own = through(x[:n], torch.arange(at.start, at.stop, device=x.device))
-            seen = torch.cat([own, own[:1].detach().expand(len(x) - n, *own.shape[1:])])
-        z = self._forward(self.live.search, seen, rows)
-        self._check_labels(goal, z)
-        z = self.live.model.joint(z, goal)
-        values = measure(z, goal)
-        m = values.shape[1]
-        if not values.requires_grad:
-            self.differentiable = False
-            return z, values, torch.zeros_like(x[:n], dtype=dtype)[:, None].expand(-1, m, *x.shape[1:])
-        # Never .backward(): only the input's gradient is wanted, and parameters stay untouched.
-        slopes = [self._grad(values[:, i].sum(), x, last=i == m - 1)[:n].contiguous().nan_to_num(0.0) for i in range(m)]
-        return z.detach(), values.detach(), _narrowed(slopes[0][:, None] if m == 1 else torch.stack(slopes, 1), dtype)
-
-    def _grad(self, value: Tensor, x: Inputs, *, last: bool) -> Inputs:
-        grad: Tensor | None = torch.autograd.grad(value, x, allow_unused=True, retain_graph=not last)[0]
-        if grad is None:
-            self.differentiable, grad = False, torch.zeros_like(x)
-        return grad
-
-    def _split(self, x: Inputs, ask: Callable[[Inputs, slice], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        """Ask about x in pieces of at most ``rows`` rows, each filled up; in smaller ones when memory runs out."""
-        parts: list[tuple[Tensor, ...]] = []
-        start = 0
-        most = max(PAD, _VALUES.get(x.device.type, _VALUES["cpu"]) // x[0].numel() // PAD * PAD)
-        while start < len(x):
-            stop = min(len(x), start + (self._rows or most))
-            try:
-                answers = ask(self._fill(x[start:stop]), slice(start, stop))
-            except AssayError:
-                raise
-            except Exception as e:  # whatever the user's network raises
-                self._shrink(e, x[start:stop])
-                continue
-            parts.append(answers)
-            start = stop
-        return parts
-
-    def _fill(self, x: Inputs) -> Inputs:
-        model = self.live.model
-        most = model.rows or len(x) + PAD
-        wanted = most if model.fixed_rows and model.rows else min(-(-len(x) // PAD) * PAD, most)
-        missing = wanted - len(x)
-        return torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
-
-    def _shrink(self, error: Exception, x: Inputs) -> None:
-        """Halve the rows of a call if the error says that memory ran out, else say what the network cannot take."""
-        rows = len(x)
-        said = str(error).lower()
-        full = isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
-        if not full and not isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise ModelError(
-                f"a network that takes inputs {tuple(x.shape)} and can be differentiated",
-                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                "Check image size, channels, --arch and --device.",
-                code="model-failed",
-            ) from error
-        if rows <= PAD or self.live.model.fixed_rows:
-            raise ModelError(
-                "memory for a batch of the model's inputs",
-                f"none left for {rows} samples at once",
-                "Free memory, use a smaller model, or another --device.",
-            ) from error
-        self._rows = max(PAD, rows // 2 // PAD * PAD)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _forward(self, net: Net, x: Inputs, rows: Rows) -> Logits:
-        """Return the logits of the samples ``rows``, with which x begins; the rest of x fills the batch."""
-        z: Tensor = net(x)
-        if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
-            raise ModelOutputError(
-                f"logits of shape ({len(x)}, c) with c >= 2 for inputs {tuple(x.shape)}",
-                f"{tuple(z.shape)}",
-                _remedy(z, len(x)),
-                code="bad-logits",
-            )
-        z, self._classes = z[: len(rows)], z.shape[1]
+    def _check(self, z: Logits, rows: Rows) -> None:
+        """Refuse logits (r, c) of the samples ``rows`` (r,) that are not finite."""
+        self._classes = z.shape[1]
         if not torch.isfinite(z).all():
             bad = self._indices[rows[(~torch.isfinite(z)).any(1)].cpu()]
             raise NonFiniteError(
@@ -387,7 +295,6 @@ class Door:
                 "Look for overflow, log(0), or a division by zero in the network.",
                 code="bad-logits",
             )
-        return z
 
     def _check_labels(self, goal: Goal, z: Logits) -> None:
         for labels in (goal.label, goal.target):
@@ -408,32 +315,6 @@ class Door:
             count(len(rows) * forwards, len(rows) * backwards)
         if self._listen:
             self._listen(len(rows) * (forwards + backwards))
-
-
-def _remedy(z: Tensor, rows: int) -> str:
-    """Say what to do about an answer that is no table of logits."""
-    if z.ndim == 1 and bool((z == z.round()).all()):
-        return "Return the scores of all classes, not the number of one."
-    if z.ndim > 2:
-        return "Return one row a sample: z.flatten(1), or its mean over places."
-    if not z.ndim or len(z) != rows:
-        return "Return one row for each input of the batch."
-    return "For a single-output binary classifier return torch.cat([-z, z], 1)."
-
-
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Put the answers about the pieces of a batch together."""
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(v) for v in zip(*parts, strict=True))
-
-
-def _narrowed(slopes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast slopes (b, m, *f) from float64; those too small for the narrow type are scaled up, for their direction."""
-    if slopes.dtype == dtype:
-        return slopes
-    largest = slopes.flatten(2).abs().amax(2)
-    faint = (largest > 0) & (largest < _FAINT)
-    scale = torch.where(faint, _FAINT / largest.clamp_min(torch.finfo(slopes.dtype).tiny), 1)
-    return (slopes * scale.view(*scale.shape, *[1] * (slopes.ndim - 2))).to(dtype)
 
 
 def _spread(values: Tensor, at: Rows, n: int) -> Tensor:

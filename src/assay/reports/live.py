@@ -76,9 +76,9 @@ def _line(s: Snapshot, first: Snapshot, elapsed: float, at_most: str) -> Text:
     speeds = [_left(s, first, elapsed), f"{clock(elapsed)} elapsed", speed]
     parts = [f"{count(s.fooled)} fooled", s.stage, *speeds]
     line = Text(no_wrap=True, overflow="ellipsis")
-    if s.done:
-        share = min(1.0, max(0.0, (s.right - s.fooled) / s.done))
-        proven = "" if s.proven is None else f"{percent(min(share, s.proven / s.done))} proven {at_most} "
+    if seen := max(s.seen, s.done):
+        share = min(1.0, max(0.0, (s.right - s.fooled) / seen))
+        proven = "" if s.proven is None else f"{percent(min(share, s.proven / seen))} proven {at_most} "
         line.append(f"{proven}robust {at_most} {percent(share)}", style="bold cyan").append(" so far", style="cyan")
         line.append("  ")
     return line.append("  ".join(p for p in parts if p), style="dim")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from assay.core.registry import UsageError
 from assay.models import Model, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.reports.landscape import write_landscape
 from assay.study.curvature import Classifier
 

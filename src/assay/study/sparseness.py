@@ -21,7 +21,7 @@ from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Rows
 from assay.data import Data, load_data
 from assay.models import Model, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.models.loaders import load_model
 from assay.reports.sparseness import write_sparseness
 from assay.study.hidden import hide

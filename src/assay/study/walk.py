@@ -15,7 +15,7 @@ from assay.core.registry import UsageError
 from assay.core.types import Inputs
 from assay.data import Data
 from assay.models import Door, Model, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.reports.walk import write_gif, write_walk
 from assay.study.curvature import Classifier, copies, pose_one
 from assay.threats import Problem, Threat

@@ -16,7 +16,7 @@ from assay.core.registry import UsageError
 from assay.core.types import Inputs, Labels, Mask, Rows
 from assay.data import Data, load_data
 from assay.models import Door, Model, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.reports.attribution import per_pixel
 from assay.study.attribution.compare import compared
 from assay.study.attribution.maps import ANY, INTEGRATED, METHODS, STEPS, How, maps_of

@@ -13,7 +13,7 @@ from assay.core.optional import need
 from assay.core.registry import UsageError, one_of
 from assay.core.types import Inputs, Labels, Logits
 from assay.models import Door, as_model
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 from assay.study.curvature import Classifier, copies, pose_one
 from assay.threats import Problem, Threat
 from assay.threats.problem import Goal
