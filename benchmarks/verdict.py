@@ -47,7 +47,7 @@ from assay.core.progress import Snapshot
 from assay.data import Data
 from assay.evaluation.efforts import EFFORTS, plan_for
 from assay.models.demo.nets import mnist_cnn
-from assay.models.door import default_batch
+from assay.models.line import default_batch
 
 ORIGINAL = "AutoAttack"
 THREATS = {

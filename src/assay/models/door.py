@@ -111,7 +111,7 @@ class Door:
 
     ``forwards`` and ``backwards`` (n,) int64 hold the passes so far; a network that averages m random passes counts m,
     and a smoothed gradient (``Smoothing``) all passes that it takes.
-    Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call.
+    Rows added to fill a batch are not counted. ``listen`` is told the number of passes after each call of the network.
     Scores and gradients come from layers tuned for speed and may differ by rounding (``patches.py``); ``logits``
     and ``decide`` ask the network exactly as it is. So a success that scores and gradients report is one that is clear.
     ``differentiable`` says, after a question for a gradient, whether the model had one.
@@ -200,14 +200,15 @@ class Door:
 
     def _ask(self, x: Inputs, rows: Rows, samples: int, *, searching: bool) -> Logits:
         def ask(x: Inputs, rows: Rows) -> Logits:
-            return self._put(Question(x, searching, lambda z, at: self._check(z, rows[at]))).logits
+            def check(z: Logits, at: slice) -> None:
+                self._check(z, rows[at])
+
+            return self._put(Question(x, searching, check, lambda at, _: self._count(rows[at], samples))).logits
 
         can = self.affords(rows, 1, samples)
         if can is None:
-            self._count(rows, samples)
             return ask(x, rows)
         at = can.nonzero()[:, 0]
-        self._count(rows[at], samples)
         z = ask(x[at], rows[at]) if len(at) else x.new_zeros(0, self._classes)
         return _spread(z, at, len(x))
 
@@ -244,12 +245,17 @@ class Door:
             z = self.live.model.joint(z, goal)
             return z, measure(z, goal)
 
-        a = self._put(Question(x, True, lambda z, at: self._check(z, p.rows[at]), read, through))
+        def check(z: Logits, at: slice) -> None:
+            self._check(z, p.rows[at])
+
+        def count(at: slice, functions: int) -> None:
+            self._count(p.rows[at], each, each * functions)
+
+        each = self.live.model.samples
+        a = self._put(Question(x, True, check, count, read, through))
         assert a.values is not None
         assert a.slopes is not None
         self.differentiable &= a.differentiable
-        each = self.live.model.samples
-        self._count(p.rows, each, each * a.values.shape[1])
         reached = p.goal.clearly_reached(a.logits, self.live.model.rounding)
         return Slopes(reached, a.logits, a.values.to(x.dtype), a.slopes)
 

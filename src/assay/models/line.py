@@ -43,6 +43,7 @@ class Question:
         x: the points.
         searching: ask the network as a search sees it (:meth:`Live.search`), not exactly as it is.
         check: gets logits (r, c) and ``at``; raises where they will not do.
+        count: gets ``at`` and the number of functions that were differentiated, when a call is over.
         read: from logits (r, c) and ``at`` to logits (r, c) and values (r, m), whose gradients are wanted; or none.
         through: a step before the network, part of what is differentiated.
     """
@@ -50,6 +51,7 @@ class Question:
     x: Inputs
     searching: bool
     check: Callable[[Logits, slice], None]
+    count: Callable[[slice, int], None]
     read: Callable[[Logits, slice], tuple[Logits, Tensor]] | None = None
     through: Through | None = None
 
@@ -127,6 +129,8 @@ class Line:
             except Exception as e:  # whatever the user's network raises
                 self._shrink(e, asked[0][0].x, sum(at.stop - at.start for _, at in asked))
                 continue
+            for (question, at), answer in zip(asked, answers, strict=True):
+                question.count(at, 0 if answer.values is None else answer.values.shape[1])
             yield from zip(pieces, answers, strict=True)
             left = rest
 
