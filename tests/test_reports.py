@@ -674,6 +674,15 @@ def test_progress_is_shown_on_a_terminal():
         assert said in shown, said
 
 
+def test_progress_tells_how_samples_stand_before_any_is_stored():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
+    with live(console) as progress:
+        progress(shot(0, seen=500, right=490, fooled=40, proven=0))
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue())
+    assert "0 of 500 samples" in shown
+    assert "0.0 % proven ≤ robust ≤ 90.0 % so far" in shown
+
+
 def test_progress_is_cheap():
     console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
     with live(console) as progress:
