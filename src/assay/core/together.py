@@ -96,7 +96,8 @@ class _Worker(Generic[Q, A, T]):
 
     def stop(self) -> None:
         self._told.put(_Stopped())
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self, work: Work[Q, A, T]) -> None:
         try:
