@@ -57,7 +57,7 @@ ADDED: Mapping[str, Mapping[str, str | None]] = {
 ENDPOINT: Mapping[str, str] = {"--limit": "2", "--max-passes": "60"}
 """The same, given or not, for a command that asks an endpoint."""
 
-TRAINING: Mapping[str, str] = {"--limit": "160"}
+TRAINING: Mapping[str, str] = {"--limit": "280"}
 """What a training needs at least: a batch."""
 
 KEYWORDS: Mapping[str, int] = {"limit": 6, "n": 64}
@@ -271,7 +271,7 @@ THINGS: Mapping[str, Callable[[Workshop, Path], None]] = {
     "images/": _images(15),
     "val/": _images(2),
     "few/": _images(25, labels=4),
-    "train.npz": _npz(160, 1000),
+    "train.npz": _npz(280, 1000),
     "test.npz": _npz(20, 0),
     "mymodule.py": _module,
     "nets.py": _module,
